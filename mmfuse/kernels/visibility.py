@@ -1,0 +1,217 @@
+"""Visibility: who may attend to whom, as data of size O(S) and not as an S×S tensor.
+
+Every token has a few integers (document, rank, segment, turn, class, slot), and a table of rules says for each pair
+(query class, key class) under which conditions the query sees the key. Tokens of different documents never see each
+other; padding sees nothing and is seen by nobody; a pair that is missing from the table means never.
+
+Shapes: `B` samples, `Sq` queries, `Sk` keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import IntFlag
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+
+class Condition(IntFlag):
+    """What must hold between a query and a key. Conditions joined by `|` must all hold."""
+
+    ALWAYS = 0
+    CAUSAL = 1  # rank of the query >= rank of the key
+    SELF = 2  # the same slot
+    SAME_SEGMENT = 4
+    SAME_TURN = 8
+    REF_SEGMENT = 16  # the key lies in the segment that the query refers to
+
+
+Rules = Mapping[tuple[int, int], Sequence[Condition]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the rules need to know of each token on one side: integer tensors `[B, N]`.
+
+    Attributes:
+        document: -1 marks padding.
+        rank: causal order inside the document; equal ranks see each other under CAUSAL.
+        segment: as in `TokenMap`.
+        turn: as in `TokenMap`.
+        cls: the token class that the rule table speaks of.
+        slot: the place in the sequence; SELF and sliding windows are measured in it.
+        ref: the segment that the token may attend to under REF_SEGMENT (-1: none).
+    """
+
+    document: Tensor
+    rank: Tensor
+    segment: Tensor
+    turn: Tensor
+    cls: Tensor
+    slot: Tensor
+    ref: Tensor
+
+    def columns(self, start: int, stop: int | None = None) -> Axis:
+        return Axis(**{f.name: getattr(self, f.name)[:, start:stop] for f in fields(self)})
+
+    def __len__(self) -> int:
+        return int(self.document.shape[1])
+
+
+class Visibility:
+    """Which keys each query may attend to.
+
+    Args:
+        queries: the tokens that ask, `Sq` of them.
+        keys: the tokens that answer, `Sk` of them.
+        rules: `{(query class, key class): [conjunction, ...]}`; a pair is visible if any conjunction holds.
+        names: what the classes are called, for pictures.
+        window: if given, a query sees only keys fewer than `window` slots away, as in sliding-window layers.
+    """
+
+    def __init__(
+        self,
+        queries: Axis,
+        keys: Axis,
+        rules: Rules,
+        names: Sequence[str],
+        window: int | None = None,
+    ) -> None:
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 slot, got {window}")
+        for pair in rules:
+            if not all(0 <= cls < len(names) for cls in pair):
+                raise ValueError(f"rule {pair} speaks of a class outside 0..{len(names) - 1} ({', '.join(names)})")
+        self.queries = queries
+        self.keys = keys
+        self.rules = dict(rules)
+        self.names = tuple(names)
+        self.window = window
+        # Every layer of a decoder asks for the same lowered forms; they are made once a batch.
+        self._memo: dict[Hashable, object] = {}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(B, Sq, Sk)`."""
+        return self.queries.document.shape[0], len(self.queries), len(self.keys)
+
+    # Views
+
+    def rows(self, start: int) -> Visibility:
+        """Only the queries from slot column `start` on, against all keys: what a decoding step asks."""
+        return self._view(("rows", start), queries=self.queries.columns(start))
+
+    def view(self, *, window: int | None, keys: int) -> Visibility:
+        """This visibility inside a layer with a sliding `window` whose cache kept only the last `keys` keys."""
+        if keys > len(self.keys):
+            raise ValueError(f"{keys} keys were given, but the visibility knows only {len(self.keys)}")
+        if window == self.window and keys == len(self.keys):
+            return self
+        return self._view(("view", window, keys), keys=self.keys.columns(len(self.keys) - keys), window=window)
+
+    def _view(self, name: Hashable, **changes: object) -> Visibility:
+        if name not in self._memo:
+            parts = {"queries": self.queries, "keys": self.keys, "window": self.window, **changes}
+            self._memo[name] = Visibility(rules=self.rules, names=self.names, **parts)  # type: ignore[arg-type]
+        return self._memo[name]  # type: ignore[return-value]
+
+    # Lowered forms
+
+    def dense(self) -> Tensor:
+        """The mask itself: bool `[B, Sq, Sk]`, True where the query sees the key. This is the law."""
+        if "dense" not in self._memo:
+            self._memo["dense"] = self._dense()
+        return self._memo["dense"]  # type: ignore[return-value]
+
+    def _dense(self) -> Tensor:
+        query, key = self.queries, self.keys
+        seen = torch.zeros(self.shape, dtype=torch.bool, device=query.document.device)
+        for conjunction, pairs in self._pairs_by_conjunction().items():
+            allowed = self._holds(conjunction)
+            if len(pairs) < len(self.names) ** 2:
+                table = torch.zeros(len(self.names), len(self.names), dtype=torch.bool, device=seen.device)
+                for pair in pairs:
+                    table[pair] = True
+                allowed = allowed & table[query.cls.unsqueeze(2), key.cls.unsqueeze(1)]
+            seen |= allowed
+        seen &= query.document.unsqueeze(2) == key.document.unsqueeze(1)
+        seen &= (query.document >= 0).unsqueeze(2)
+        if self.window is not None:
+            seen &= (query.slot.unsqueeze(2) - key.slot.unsqueeze(1)).abs() < self.window
+        return seen
+
+    def _pairs_by_conjunction(self) -> dict[Condition, list[tuple[int, int]]]:
+        groups: dict[Condition, list[tuple[int, int]]] = {}
+        for pair, conjunctions in self.rules.items():
+            for conjunction in conjunctions:
+                groups.setdefault(conjunction, []).append(pair)
+        return groups
+
+    def _holds(self, conjunction: Condition) -> Tensor:
+        query, key = self.queries, self.keys
+        held = torch.ones(self.shape, dtype=torch.bool, device=query.document.device)
+        if Condition.CAUSAL in conjunction:
+            held &= query.rank.unsqueeze(2) >= key.rank.unsqueeze(1)
+        if Condition.SELF in conjunction:
+            held &= query.slot.unsqueeze(2) == key.slot.unsqueeze(1)
+        if Condition.SAME_SEGMENT in conjunction:
+            held &= query.segment.unsqueeze(2) == key.segment.unsqueeze(1)
+        if Condition.SAME_TURN in conjunction:
+            held &= query.turn.unsqueeze(2) == key.turn.unsqueeze(1)
+        if Condition.REF_SEGMENT in conjunction:
+            held &= query.ref.unsqueeze(2) == key.segment.unsqueeze(1)
+        return held
+
+    def dead_rows(self) -> Tensor:
+        """bool `[B, Sq]`: queries that see nothing; attention gives them 0."""
+        if "dead" not in self._memo:
+            self._memo["dead"] = ~self.dense().any(dim=2)
+        return self._memo["dead"]  # type: ignore[return-value]
+
+    def is_causal(self) -> bool:
+        """Whether every live row sees exactly itself and the slots before it, found without an S×S tensor.
+
+        True only if queries and keys are the same slots, each row is one document with padding behind it, and the
+        rule for every pair of classes that occurs is CAUSAL alone.
+        """
+        if "causal" not in self._memo:
+            self._memo["causal"] = self._is_causal()
+        return bool(self._memo["causal"])
+
+    def _is_causal(self) -> bool:
+        query, key = self.queries, self.keys
+        if len(query) != len(key) or not torch.equal(query.slot, key.slot):
+            return False
+        if self.window is not None and self.window < len(key):
+            return False
+        live = key.document >= 0
+        ordered = (key.rank[:, 1:] > key.rank[:, :-1]) | ~live[:, 1:]
+        one_document = (key.document == key.document[:, :1]) | ~live
+        padded_behind = live[:, :-1] | ~live[:, 1:]
+        if not bool(ordered.all() & one_document.all() & padded_behind.all()):
+            return False
+        present = torch.unique(key.cls[live]).tolist()
+        causal = [self.rules.get((q, k)) for q in present for k in present]
+        return all(rule is not None and set(rule) == {Condition.CAUSAL} for rule in causal)
+
+    def is_full(self) -> bool:
+        """Whether every query sees every key, so that no mask is needed (the usual decoding step)."""
+        if "full" not in self._memo:
+            self._memo["full"] = len(self.queries) == 1 and bool(self.dense().all())
+        return bool(self._memo["full"])
+
+    # Pictures
+
+    def __str__(self) -> str:
+        from mmfuse.kernels.drawing import ascii_mask
+
+        return ascii_mask(self)
+
+    def plot(self, path: str | PathLike[str], sample: int = 0) -> None:
+        """Write the mask of one sample as a picture; the format follows the file's suffix."""
+        from mmfuse.kernels.drawing import plot_mask
+
+        plot_mask(self, path, sample)

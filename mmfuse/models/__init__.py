@@ -1,0 +1,25 @@
+"""MultimodalLM and its parts. Importing this package registers them with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+
+from mmfuse.models.build import NetworkSpec, build_network
+from mmfuse.models.chat import ChatFormat, EncodedSample
+from mmfuse.models.config import MultimodalConfig
+from mmfuse.models.modeling import MultimodalLM, MultimodalOutput
+from mmfuse.models.processor import MultimodalProcessor
+
+AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)
+AutoModelForCausalLM.register(MultimodalConfig, MultimodalLM)
+AutoModelForImageTextToText.register(MultimodalConfig, MultimodalLM)
+AutoProcessor.register(MultimodalConfig, MultimodalProcessor)
+
+__all__ = [
+    "ChatFormat",
+    "EncodedSample",
+    "MultimodalConfig",
+    "MultimodalLM",
+    "MultimodalOutput",
+    "MultimodalProcessor",
+    "NetworkSpec",
+    "build_network",
+]

@@ -1,0 +1,118 @@
+"""From the few lines of a YAML to a model and its processor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    SiglipImageProcessor,
+)
+from transformers.image_utils import PILImageResampling
+
+from mmfuse.errors import ConfigError, check_keys
+from mmfuse.models.chat import IMAGE_TOKEN
+from mmfuse.models.config import MultimodalConfig, decoder_config
+from mmfuse.models.decoder import ATTENTION
+from mmfuse.models.modeling import MultimodalLM
+from mmfuse.models.processor import MultimodalProcessor
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """The parts of a model, as a config names them.
+
+    Attributes:
+        decoder: a Hugging Face decoder config with its `model_type`, or `{"pretrained": folder or hub name}`.
+        encoders: for each modality the spec of its encoder.
+        connectors: for each modality the spec of its connector.
+        fusion: a strategy by name, or `{"type": name, …}`.
+        chat_format: the fields of a `ChatFormat`.
+        attention_backend: a backend of `mmfuse.kernels.attend`.
+    """
+
+    decoder: dict[str, Any]
+    encoders: dict[str, dict[str, Any]]
+    connectors: dict[str, dict[str, Any]]
+    fusion: str | dict[str, Any] = "causal"
+    chat_format: dict[str, str] = field(default_factory=dict)
+    attention_backend: str = "auto"
+
+
+def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[MultimodalLM, MultimodalProcessor]:
+    """Build a model and the processor that feeds it.
+
+    The tokenizer gets `<image>` and, if it has none, a padding token; the decoder's vocabulary grows to hold them, and
+    a decoder without a `vocab_size` of its own takes the tokenizer's.
+
+    Raises:
+        ConfigError: unknown names or keys, or a vocabulary that is too small.
+    """
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    pretrained = _pretrained_path(spec)
+    text_config = AutoConfig.from_pretrained(pretrained) if pretrained else _decoder_for(spec.decoder, tokenizer)
+    config = MultimodalConfig(
+        text_config=decoder_config(text_config),
+        encoders=spec.encoders,
+        connectors=spec.connectors,
+        fusion=spec.fusion,
+        media_token_ids={"image": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)},
+        attention_backend=spec.attention_backend,
+    )
+    model = MultimodalLM(config)
+    if pretrained and torch.get_default_device().type != "meta":
+        model.decoder = AutoModelForCausalLM.from_pretrained(pretrained, attn_implementation=ATTENTION)
+    if len(tokenizer) > config.text_config.vocab_size:
+        model.decoder.resize_token_embeddings(len(tokenizer))
+    _set_generation_tokens(model, tokenizer)
+    return model, processor_for(model, tokenizer, spec.chat_format)
+
+
+def processor_for(
+    model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, chat_format: dict[str, str] | None = None
+) -> MultimodalProcessor:
+    """The processor that fits a model's image encoder: its size, normalisation and number of visual tokens."""
+    encoder = model.encoders["image"]
+    height, width = encoder.image_size
+    image_processor = SiglipImageProcessor(
+        size={"height": height, "width": width},
+        resample=PILImageResampling.BICUBIC,
+        image_mean=list(encoder.image_mean),
+        image_std=list(encoder.image_std),
+        do_convert_rgb=True,
+    )
+    return MultimodalProcessor(
+        image_processor, tokenizer, visual_tokens=model.visual_tokens("image"), chat_format=chat_format
+    )
+
+
+def _pretrained_path(spec: NetworkSpec) -> str | None:
+    if "pretrained" not in spec.decoder:
+        return None
+    check_keys("a pretrained decoder", spec.decoder, ["pretrained"])
+    return str(spec.decoder["pretrained"])
+
+
+def _decoder_for(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = decoder_config({"vocab_size": len(tokenizer), **ids, **settings})
+    if config.vocab_size < len(tokenizer):
+        raise ConfigError(
+            f"decoder vocab_size is {config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; leave it out"
+        )
+    return config
+
+
+def _set_generation_tokens(model: MultimodalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    for target in (model.config, model.generation_config):
+        target.pad_token_id = tokenizer.pad_token_id
+        target.bos_token_id = tokenizer.bos_token_id
+        target.eos_token_id = tokenizer.eos_token_id

@@ -1,0 +1,300 @@
+"""MultimodalLM: encoders → connectors → a Hugging Face decoder under a fusion strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
+from mmfuse.models.config import MultimodalConfig
+from mmfuse.models.connectors import build_connector
+from mmfuse.models.decoder import ATTENTION, Recorder, run_decoder, supervised_rows
+from mmfuse.models.encoders import Encoder, build_encoder
+from mmfuse.sequence import Modality, Role, TokenMap
+
+
+@dataclass
+class MultimodalOutput(ModelOutput):
+    """What a forward pass gives.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens, float32 scalar; only if labels were given.
+        logits: `[B, S, V]`, or only the last `logits_to_keep` rows; None if they were not asked for.
+        past_key_values: the cache, if one was used.
+        supervised: the number of supervised tokens, int64 scalar; only if labels were given.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    supervised: Tensor | None = None
+
+
+class MultimodalLM(PreTrainedModel, GenerationMixin):
+    """A multimodal language model whose fusion strategy is one entry of its config.
+
+    Built offline with random weights from its config. `from_pretrained` and `save_pretrained` are Hugging Face's.
+
+    Args:
+        config: says which encoders, connectors, decoder and fusion.
+    """
+
+    config_class = MultimodalConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules: list[str] = []  # noqa: RUF012  (the type that transformers expects here)
+
+    def __init__(self, config: MultimodalConfig) -> None:
+        super().__init__(config)
+        self.encoders = nn.ModuleDict({name: build_encoder(spec) for name, spec in config.encoders.items()})
+        # What is saved must build the same towers offline, without the checkpoint that they may have come from.
+        config.encoders = {name: encoder.spec for name, encoder in self.encoders.items()}
+        config.text_config._attn_implementation = ATTENTION
+        self.decoder = AutoModelForCausalLM.from_config(config.text_config)
+        width = config.text_config.hidden_size
+        self.connectors = nn.ModuleDict(
+            {
+                name: build_connector(spec, self.encoders[name].hidden_size, width, self.encoders[name].grid)
+                for name, spec in config.connectors.items()
+            }
+        )
+        self.fusion = build_fusion(config.fusion)
+        self.fusion.check_layers(config.text_config.num_hidden_layers)
+        # Each part was initialised by its own library; the flag keeps post_init from doing it again in its own way.
+        for part in (self.encoders, self.connectors, self.fusion):
+            _mark_initialised(part)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called for what a checkpoint did not bring: parameters that are new, and buffers that are never saved."""
+        if isinstance(module, Encoder):
+            module.rebuild_buffers()
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.decoder.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.decoder.get_output_embeddings()
+
+    def visual_tokens(self, modality: str = "image") -> int:
+        """How many tokens of the decoder one medium becomes."""
+        encoder, connector = self.encoders[modality], self.connectors[modality]
+        return connector.num_tokens(encoder.num_tokens)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """The named parts whose parameters training freezes, tunes and counts apart."""
+        return {
+            "encoder": self.encoders,
+            "connector": self.connectors,
+            "decoder": self.decoder,
+            "fusion": self.fusion,
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        tokens: TokenMap | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        return_logits: bool = True,
+        fusion: Fusion | None = None,
+        record: Recorder | None = None,
+        return_dict: bool = True,
+    ) -> MultimodalOutput:
+        """One pass over a batch.
+
+        Args:
+            input_ids: `[B, S]`; media slots hold the placeholder id of their modality.
+            tokens: what every token is; covers cached tokens too, `[B, cached + S]`. Without it all text is prompt
+                and media are found by their placeholder ids.
+            pixel_values: `[N, 3, H, W]`, the images of the batch in reading order.
+            labels: `[B, S]` target ids (not shifted), -100 where there is no loss.
+            attention_mask: `[B, S]`, 0 on padding; only read when `tokens` is not given.
+            past_key_values: keys and values of earlier calls.
+            use_cache: return a cache (a new one if none was given).
+            logits_to_keep: only the logits of the last so many tokens; 0 for all.
+            return_logits: False saves the `[B, S, V]` logits when only the loss is wanted.
+            fusion: a strategy without parameters to use in place of the model's own, as in an alignment stage.
+            record: is given each layer's attention weights.
+            return_dict: always True; Hugging Face's generation says so explicitly.
+
+        Raises:
+            ValueError: placeholders and features disagree, labels supervise what the fusion leaks, or the map does not
+                cover the tokens.
+        """
+        if not return_dict:
+            raise ValueError("MultimodalLM returns a MultimodalOutput; return_dict=False is not supported")
+        if tokens is None:
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError("with a filled cache, `tokens` must describe the cached tokens and the new ones")
+            tokens = self.token_map(input_ids, attention_mask)
+        strategy = self.fusion if fusion is None else fusion
+        if labels is not None:
+            strategy.check_labels(tokens, labels)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config.text_config)
+        hidden = run_decoder(
+            self.decoder,
+            self._embed(input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), {"image": pixel_values}),
+            tokens,
+            strategy,
+            cache=past_key_values,
+            attention_backend=self.config.attention_backend,
+            record=record,
+        )
+        loss = supervised = logits = None
+        if labels is not None:
+            loss, supervised = self._loss(hidden, tokens, labels)
+        if return_logits:
+            logits = self._logits(hidden[:, -logits_to_keep:])
+        return MultimodalOutput(loss=loss, logits=logits, past_key_values=past_key_values, supervised=supervised)
+
+    def token_map(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenMap:
+        """A map of `input_ids [B, S]` by placeholder ids alone: one document a row, all text prompt, one turn."""
+        live = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        modality = torch.zeros_like(input_ids)
+        for name, token_id in self.config.media_token_ids.items():
+            modality = modality.masked_fill(input_ids == token_id, Modality[name.upper()])
+        modality = modality * live
+        boundary = torch.ones_like(input_ids)
+        boundary[:, 1:] = (modality[:, 1:] != modality[:, :-1]).long()
+        return TokenMap(
+            modality=modality,
+            role=live * Role.PROMPT,
+            segment=torch.where(live > 0, (boundary * live).cumsum(1) - 1, -1),
+            turn=live - 1,
+            document=live - 1,
+            position=((live.cumsum(1) - 1) * live),
+        )
+
+    def _embed(self, input_ids: Tensor, tokens: TokenMap, media: Mapping[str, Tensor | None]) -> Tensor:
+        """Token embeddings `[B, S, D]` with the connectors' features in the media slots."""
+        embeds = self.get_input_embeddings()(input_ids)
+        for name, encoder in self.encoders.items():
+            inputs, slots = media[name], tokens.modality == Modality[name.upper()]
+            if inputs is None:
+                if bool(slots.any()):
+                    raise ValueError(f"the batch has {int(slots.sum())} {name} tokens but no {name} inputs were given")
+                if self.training:
+                    # Every rank must run the same collectives, so a batch without images still runs the encoder.
+                    blank = embeds.new_zeros(1, 3, *encoder.image_size)
+                    features = self.connectors[name](encoder(blank))
+                    embeds = embeds + 0.0 * features.sum()
+                continue
+            features = self.connectors[name](encoder(inputs)).to(embeds.dtype)
+            self._check_counts(name, slots, features)
+            embeds = embeds.masked_scatter(slots.unsqueeze(-1), features)
+        return embeds
+
+    @staticmethod
+    def _check_counts(name: str, slots: Tensor, features: Tensor) -> None:
+        given, expected = features.shape[0] * features.shape[1], int(slots.sum())
+        if given != expected:
+            per_row = slots.sum(1).tolist()
+            raise ValueError(
+                f"{expected} {name} placeholders in the batch (by sample: {per_row}) but {given} features: "
+                f"{features.shape[0]} inputs × {features.shape[1]} tokens"
+            )
+
+    def _loss(self, hidden: Tensor, tokens: TokenMap, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy over the supervised rows only, so that a large vocabulary never costs `[B, S, V]`."""
+        rows, targets = supervised_rows(tokens.columns(len(tokens) - labels.shape[1]), labels, IGNORED_LABEL)
+        logits = self._logits(hidden[rows])
+        total = F.cross_entropy(logits.float(), targets, reduction="sum")
+        count = targets.new_tensor(targets.numel())
+        return total / count.clamp(min=1), count
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self.decoder.lm_head(hidden)
+
+    # Generation
+
+    def generate(self, input_ids: Tensor, tokens: TokenMap | None = None, **kwargs: Any) -> Any:
+        """Hugging Face's `generate` with a TokenMap; prompts in a batch are padded on the left.
+
+        Args:
+            input_ids: `[B, S]` prompts up to and including the answer header.
+            tokens: their map; made from `attention_mask` and the placeholder ids if not given.
+            **kwargs: `pixel_values`, `attention_mask`, and everything that Hugging Face's `generate` takes.
+
+        Raises:
+            ValueError: a prompt is padded on the right.
+        """
+        if tokens is None:
+            tokens = self.token_map(input_ids, kwargs.get("attention_mask"))
+        if bool(tokens.is_pad[:, -1].any()):
+            raise ValueError("generation needs prompts padded on the left: a row ends in padding")
+        kwargs["attention_mask"] = (~tokens.is_pad).long()
+        return super().generate(input_ids=input_ids, tokens=tokens, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        tokens: TokenMap | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
+        new = input_ids.shape[1] - cached if next_sequence_length is None else next_sequence_length
+        return {
+            "input_ids": input_ids[:, -new:],
+            "tokens": tokens,
+            "pixel_values": pixel_values if cached == 0 else None,
+            "past_key_values": past_key_values,
+            "use_cache": kwargs.get("use_cache"),
+            "logits_to_keep": kwargs.get("logits_to_keep") or 0,
+        }
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        updated["tokens"] = updated["tokens"].append(kwargs.get("num_new_tokens", 1))
+        return updated
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Beams repeat samples; images are listed by sample, so a sample's images are repeated as a group."""
+        tokens, pixels = model_kwargs.pop("tokens"), model_kwargs.pop("pixel_values", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if pixels is not None and expand_size > 1:
+            per_sample = (tokens.modality == Modality.IMAGE).sum(1) // self.visual_tokens("image")
+            groups = pixels.split(per_sample.tolist())
+            pixels = torch.cat([group for group in groups for _ in range(expand_size)])
+        return input_ids, {**model_kwargs, "tokens": tokens.repeat(expand_size), "pixel_values": pixels}
+
+
+def _mark_initialised(module: nn.Module) -> None:
+    """Keep transformers from initialising `module` again; on the meta device there is nothing to keep."""
+    if any(parameter.is_meta for parameter in module.parameters()):
+        return
+    for part in module.modules():
+        part._is_hf_initialized = True  # type: ignore[assignment]
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]

@@ -1,0 +1,52 @@
+"""The documentation says what the code does: pictures of masks, commands, examples."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmfuse.cli import COMMANDS
+from mmfuse.fusion import FUSIONS
+from mmfuse.sequence import TokenMap
+
+ROOT = Path(__file__).parents[1]
+LAYOUTS = {
+    "README.md": [("text", 1), ("image", 2), ("text", 2), ("answer", 2)],
+    "docs/fusion.md": [("text", 1), ("image", 2), ("text", 2), ("answer", 2), ("text", 1), ("answer", 1)],
+}
+
+
+def pictures(page: str) -> list[tuple[str, str]]:
+    return re.findall(r'```text title="(\w+)"\n(.*?)\n```', (ROOT / page).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("page", LAYOUTS)
+def test_mask_pictures_are_what_print_shows(page: str) -> None:
+    drawn = pictures(page)
+    assert drawn
+    for name, picture in drawn:
+        _, shown = str(FUSIONS[name]().visibility(TokenMap.from_layout(LAYOUTS[page]))).split("\n", 1)
+        assert picture == shown, name
+
+
+def test_every_strategy_has_a_picture() -> None:
+    assert {name for name, _ in pictures("docs/fusion.md")} == set(FUSIONS)
+
+
+def test_commands_are_documented_in_their_own_words() -> None:
+    page = (ROOT / "docs/cli.md").read_text()
+    for name, command in COMMANDS.items():
+        assert f"| `{name}` | {command.help} |" in page
+
+
+def test_example_strategy_does_what_its_picture_says() -> None:
+    page = (ROOT / "docs/add_a_strategy.md").read_text()
+    source = re.findall(r"```python\n(.*?)\n```", page, flags=re.DOTALL)[0]
+    namespace: dict[str, object] = {"__name__": "image_island"}
+    exec(compile(source, "image_island.py", "exec"), namespace)  # noqa: S102  (our own page)
+    tokens = TokenMap.from_layout([("text", 1), ("image", 2), ("text", 1), ("answer", 1)])
+    rows = re.findall(r"^      [SIQA] (.*)$", source, flags=re.MULTILINE)
+    drawn = [[column < len(row) and row[column] == "#" for column in range(0, 2 * len(tokens), 2)] for row in rows]
+    assert namespace["ImageIsland"]().visibility(tokens).dense()[0].tolist() == drawn  # type: ignore[operator]
