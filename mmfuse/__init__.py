@@ -7,6 +7,7 @@ Importing this package costs no torch: a public name is imported when it is firs
 from __future__ import annotations
 
 import importlib
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from mmfuse.sequence import Modality, Role, TokenMap
 
 __version__ = "0.1.0"
+
+#: When the process imported the package (monotonic seconds): commands report how long they took in all.
+STARTED = time.monotonic()
 
 __all__ = [
     "Fusion",

@@ -48,7 +48,7 @@ _PAD_VALUES = {
 }
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class TokenMap:
     """Integer tensors `[B, S]` that describe every slot of a batch.
 

@@ -11,7 +11,7 @@ and tests of a mask would pass whatever it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from mmfuse.errors import unknown
 from mmfuse.fusion import IGNORED_LABEL
 from mmfuse.models.config import MultimodalConfig
+from mmfuse.models.encoders import Encoder
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.sequence import Modality, Side, TokenMap
 
@@ -142,7 +143,7 @@ def tiny_batch(
                     raise ValueError(
                         f"a run of {length} image tokens is no multiple of {per_image}, the tokens of one image"
                     )
-                size = model.encoders["image"].image_size
+                size = cast(Encoder, model.encoders["image"]).image_size
                 images += [torch.randn(3, *size, generator=generator) for _ in range(length // per_image)]
     ids = torch.zeros(tokens.shape, dtype=torch.long)
     ids[~tokens.is_pad] = torch.cat(contents)

@@ -6,7 +6,6 @@ Every hook has a default that means "plain causal LLaVA". A strategy overrides w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 from typing import ClassVar
 
 import torch
@@ -19,7 +18,7 @@ MEDIA, PROMPT, ANSWER = range(3)
 CLASSES = ("media", "prompt", "answer")
 
 #: Every token sees itself and what came before it.
-CAUSAL_RULES: Rules = dict.fromkeys(product(range(len(CLASSES)), repeat=2), (Condition.CAUSAL,))
+CAUSAL_RULES: Rules = {(q, k): (Condition.CAUSAL,) for q in range(len(CLASSES)) for k in range(len(CLASSES))}
 
 IGNORED_LABEL = -100
 
@@ -78,8 +77,8 @@ class Fusion(nn.Module):
         if bool(seen_by_cached.any()):
             row = int(seen_by_cached.flatten(1).any(1).nonzero()[0])
             raise ValueError(
-                f"sample {row}: {type(self).__name__} lets cached tokens see the prompt tokens that are being added, so "
-                "the cache is stale. Prefill media and the prompt that speaks of them together"
+                f"sample {row}: {type(self).__name__} lets cached tokens see the prompt tokens that are being added, "
+                "so the cache is stale. Prefill media and the prompt that speaks of them together"
             )
 
 

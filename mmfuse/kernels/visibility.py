@@ -183,7 +183,8 @@ class Visibility:
 
     def _is_causal(self) -> bool:
         query, key = self.queries, self.keys
-        if len(query) != len(key) or not torch.equal(query.slot, key.slot):
+        compared = ("document", "rank", "cls", "slot")
+        if not all(torch.equal(getattr(query, name), getattr(key, name)) for name in compared):
             return False
         if self.window is not None and self.window < len(key):
             return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -19,6 +19,7 @@ from mmfuse.errors import ConfigError, check_keys
 from mmfuse.models.chat import IMAGE_TOKEN
 from mmfuse.models.config import MultimodalConfig, decoder_config
 from mmfuse.models.decoder import ATTENTION
+from mmfuse.models.encoders import Encoder
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.models.processor import MultimodalProcessor
 
@@ -64,7 +65,7 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
         encoders=spec.encoders,
         connectors=spec.connectors,
         fusion=spec.fusion,
-        media_token_ids={"image": tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)},
+        media_token_ids={"image": cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))},
         attention_backend=spec.attention_backend,
     )
     model = MultimodalLM(config)
@@ -80,7 +81,7 @@ def processor_for(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, chat_format: dict[str, str] | None = None
 ) -> MultimodalProcessor:
     """The processor that fits a model's image encoder: its size, normalisation and number of visual tokens."""
-    encoder = model.encoders["image"]
+    encoder = cast(Encoder, model.encoders["image"])
     height, width = encoder.image_size
     image_processor = SiglipImageProcessor(
         size={"height": height, "width": width},

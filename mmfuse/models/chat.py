@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,17 +48,16 @@ class ChatFormat:
 
     def template(self) -> str:
         """The same format as a Jinja chat template, for `apply_chat_template` and other tools."""
+        texts = (self.begin, self.system, self.user, self.assistant, IMAGE_TOKEN, self.end, self.assistant)
         return (
             "{{{{ '{}' }}}}{{% for message in messages %}}"
             "{{{{ {{'system': '{}', 'user': '{}', 'assistant': '{}'}}[message['role']] }}}}"
             "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
-            "{{% for part in message['content'] %}}{{{{ '{}' if part['type'] == 'image' else part['text'] }}}}{{% endfor %}}"
-            "{{% endif %}}{{{{ '{}' }}}}{{% endfor %}}"
+            "{{% for part in message['content'] %}}"
+            "{{{{ '{}' if part['type'] == 'image' else part['text'] }}}}"
+            "{{% endfor %}}{{% endif %}}{{{{ '{}' }}}}{{% endfor %}}"
             "{{% if add_generation_prompt %}}{{{{ '{}' }}}}{{% endif %}}"
-        ).format(*tuple(
-            text.replace("\n", "\\n")
-            for text in (self.begin, self.system, self.user, self.assistant, IMAGE_TOKEN, self.end, self.assistant)
-        ))
+        ).format(*(text.replace("\n", "\\n") for text in texts))
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, visual_tokens: int) -> None:
         self.format = chat_format
         self.visual_tokens = visual_tokens
-        self.image_id = int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        self.image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         # The same headers and questions come again and again; tokenising them once makes encoding cheap.
         self._ids = lru_cache(maxsize=1 << 16)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
 

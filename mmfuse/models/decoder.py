@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,9 +131,9 @@ def run_decoder(
     return base.norm(hidden)
 
 
-def _position_embeddings(base: nn.Module, embeds: Tensor, position_ids: Tensor) -> Callable[[int], Any]:
+def _position_embeddings(base: PreTrainedModel, embeds: Tensor, position_ids: Tensor) -> Callable[[int], Any]:
     """The rotary embedding of each layer; Gemma 3 has one for each of its layer types, the others one for all."""
-    rotary = base.rotary_emb
+    rotary = cast(nn.Module, base.rotary_emb)
     if "layer_type" not in inspect.signature(rotary.forward).parameters:
         shared = rotary(embeds, position_ids)
         return lambda _: shared

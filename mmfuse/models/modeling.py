@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
 from mmfuse.models.config import MultimodalConfig
-from mmfuse.models.connectors import build_connector
+from mmfuse.models.connectors import Connector, build_connector
 from mmfuse.models.decoder import ATTENTION, Recorder, run_decoder, supervised_rows
 from mmfuse.models.encoders import Encoder, build_encoder
 from mmfuse.sequence import Modality, Role, TokenMap
@@ -54,15 +54,16 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__(config)
-        self.encoders = nn.ModuleDict({name: build_encoder(spec) for name, spec in config.encoders.items()})
+        encoders = {name: build_encoder(spec) for name, spec in config.encoders.items()}
+        self.encoders = nn.ModuleDict(encoders)
         # What is saved must build the same towers offline, without the checkpoint that they may have come from.
-        config.encoders = {name: encoder.spec for name, encoder in self.encoders.items()}
+        config.encoders = {name: encoder.spec for name, encoder in encoders.items()}
         config.text_config._attn_implementation = ATTENTION
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
         self.connectors = nn.ModuleDict(
             {
-                name: build_connector(spec, self.encoders[name].hidden_size, width, self.encoders[name].grid)
+                name: build_connector(spec, encoders[name].hidden_size, width, encoders[name].grid)
                 for name, spec in config.connectors.items()
             }
         )
@@ -77,8 +78,8 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         """Called for what a checkpoint did not bring: parameters that are new, and buffers that are never saved."""
         if isinstance(module, Encoder):
             module.rebuild_buffers()
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        elif callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()
@@ -91,7 +92,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
 
     def visual_tokens(self, modality: str = "image") -> int:
         """How many tokens of the decoder one medium becomes."""
-        encoder, connector = self.encoders[modality], self.connectors[modality]
+        encoder, connector = cast(Encoder, self.encoders[modality]), cast(Connector, self.connectors[modality])
         return connector.num_tokens(encoder.num_tokens)
 
     def parts(self) -> dict[str, nn.Module]:
@@ -194,7 +195,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
                     raise ValueError(f"the batch has {int(slots.sum())} {name} tokens but no {name} inputs were given")
                 if self.training:
                     # Every rank must run the same collectives, so a batch without images still runs the encoder.
-                    blank = embeds.new_zeros(1, 3, *encoder.image_size)
+                    blank = embeds.new_zeros(1, 3, *cast(Encoder, encoder).image_size)
                     features = self.connectors[name](encoder(blank))
                     embeds = embeds + 0.0 * features.sum()
                 continue
@@ -226,7 +227,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
 
     # Generation
 
-    def generate(self, input_ids: Tensor, tokens: TokenMap | None = None, **kwargs: Any) -> Any:
+    def generate(  # type: ignore[override]  # the TokenMap is ours
+        self, input_ids: Tensor, tokens: TokenMap | None = None, **kwargs: Any
+    ) -> Any:
         """Hugging Face's `generate` with a TokenMap; prompts in a batch are padded on the left.
 
         Args:
@@ -242,9 +245,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if bool(tokens.is_pad[:, -1].any()):
             raise ValueError("generation needs prompts padded on the left: a row ends in padding")
         kwargs["attention_mask"] = (~tokens.is_pad).long()
-        return super().generate(input_ids=input_ids, tokens=tokens, **kwargs)
+        return super().generate(input_ids=input_ids, tokens=tokens, **kwargs)  # type: ignore[misc]
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
@@ -275,19 +278,19 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
+        input_ids: torch.LongTensor | None = None,
         **model_kwargs: Any,
-    ) -> tuple[Tensor, dict[str, Any]]:
+    ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Beams repeat samples; images are listed by sample, so a sample's images are repeated as a group."""
         tokens, pixels = model_kwargs.pop("tokens"), model_kwargs.pop("pixel_values", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+        repeated_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
         )
         if pixels is not None and expand_size > 1:
             per_sample = (tokens.modality == Modality.IMAGE).sum(1) // self.visual_tokens("image")
             groups = pixels.split(per_sample.tolist())
             pixels = torch.cat([group for group in groups for _ in range(expand_size)])
-        return input_ids, {**model_kwargs, "tokens": tokens.repeat(expand_size), "pixel_values": pixels}
+        return repeated_ids, {**model_kwargs, "tokens": tokens.repeat(expand_size), "pixel_values": pixels}
 
 
 def _mark_initialised(module: nn.Module) -> None:

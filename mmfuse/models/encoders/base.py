@@ -7,7 +7,7 @@ in row-major order), V selected tokens, D features.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -128,22 +128,23 @@ class Encoder(nn.Module):
     def rebuild_buffers(self) -> None:
         """Compute non-persistent buffers anew; call it from the owning model's `_init_weights`.
 
-        When a checkpoint lacked some parameters, those get the values of a freshly built tower too.
+        What a checkpoint lacked gets the values of a freshly built tower too.
         """
         nn.init.ones_(self.get_buffer("rebuilt"))
         if self._built_on_meta:
-            self._fill_missing_parameters()
+            self._fill_missing()
 
     @torch.no_grad()
-    def _fill_missing_parameters(self) -> None:
-        missing = [n for n, p in self.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
-        if not missing or any(self.get_parameter(name).is_meta for name in missing):
+    def _fill_missing(self) -> None:
+        saved = self.state_dict(keep_vars=True)
+        missing = {name: value for name, value in saved.items() if not getattr(value, "_is_hf_initialized", False)}
+        if not missing or any(value.is_meta for value in missing.values()):
             return
         arguments = {key: value for key, value in self.spec.items() if key != "type"}
         with torch.device("cpu"):
-            fresh = type(self)(**arguments)
-        for name in missing:
-            self.get_parameter(name).copy_(fresh.get_parameter(name))
+            fresh = type(self)(**arguments).state_dict()
+        for name, value in missing.items():
+            value.copy_(fresh[name])
 
     def train(self, mode: bool = True) -> Encoder:
         super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
@@ -174,6 +175,13 @@ def pair(size: ImageSize) -> tuple[int, int]:
     if len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise ConfigError(f"size {size!r}: expected one integer or [height, width]")
     return size[0], size[1]
+
+
+def channels(name: str, values: Sequence[float]) -> tuple[float, float, float]:
+    """Three numbers, one for each colour channel."""
+    if len(values) != 3:
+        raise ConfigError(f"image_{name} {list(values)}: expected 3 numbers, one for each colour channel")
+    return values[0], values[1], values[2]
 
 
 def check_image_size(wanted: ImageSize | None, native: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:

@@ -58,7 +58,7 @@ class TimmEncoder(Encoder):
             _check_options(model, outline, options)
             if options:
                 outline = _create(model, options)
-        patch, native = _sizes(model, outline)
+        patch, native = grid_sizes(model, outline)
         size = check_image_size(image_size, native, patch)
         resized = {} if size == native else {"img_size": size}
         vit = _create(model, {**options, **resized, **_weights(pretrained)})
@@ -80,7 +80,7 @@ def strip_timm_vit(vit: nn.Module, layer: int) -> Tower:
     Raises:
         ConfigError: if some non-persistent buffer could not be rebuilt after loading.
     """
-    patch, size = _sizes(type(vit).__name__, vit)
+    patch, size = grid_sizes(type(vit).__name__, vit)
     norm = vit.norm if not isinstance(vit.norm, nn.Identity) else getattr(vit, "fc_norm", nn.Identity())
     assert isinstance(norm, nn.Module) and isinstance(vit.blocks, (nn.ModuleList, nn.Sequential))
     is_last = keep_layers(vit.blocks, layer)
@@ -134,7 +134,7 @@ def _check_options(model: str, outline: nn.Module, options: dict[str, Any]) -> N
     check_keys(f"options of timm model {model}", options, sorted(known))
 
 
-def _sizes(model: str, vit: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+def grid_sizes(model: str, vit: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
     """(patch size, image size) of a plain vision transformer."""
     needed = ("blocks", "norm", "num_prefix_tokens", "embed_dim", "prune_intermediate_layers")
     embed = getattr(vit, "patch_embed", None)
@@ -143,7 +143,8 @@ def _sizes(model: str, vit: nn.Module) -> tuple[tuple[int, int], tuple[int, int]
             f"timm model {model!r} is no plain vision transformer (one patch grid, `blocks`, `norm`): "
             "hierarchical and convolutional models are not supported"
         )
-    return pair(embed.patch_size), pair(embed.img_size)  # type: ignore[union-attr]
+    # Where a convolutional stem shrinks the image first, a patch of the grid covers more pixels than `patch_size`.
+    return pair(embed.feat_ratio(as_scalar=False)), pair(embed.img_size)  # type: ignore[union-attr]
 
 
 def _check_rebuildable(vit: nn.Module) -> None:

@@ -1,0 +1,185 @@
+"""Sources of samples: tar shards, and JSON files with images beside them."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Sequence
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Final, NamedTuple, Protocol
+
+from mmfuse.data.samples import Sample
+from mmfuse.data.sources.json_files import JSONSource
+from mmfuse.data.sources.shards import ShardSource
+
+__all__ = ["JSONSource", "ShardSource", "Source", "expand_braces", "open_source"]
+
+_JSON: Final = (".json", ".jsonl")
+_MANIFEST: Final = "manifest.json"
+_URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
+_BRACES: Final = re.compile(r"\{([^{}]*)\}")
+_RANGE: Final = re.compile(r"(\d+)\.\.(\d+)")
+
+
+class _ListedShard(NamedTuple):
+    name: str
+    size: int
+    sha256: str
+
+
+class Source(Protocol):
+    """Samples by number.
+
+    Attributes:
+        name: names the source in messages.
+    """
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str:
+        """Return a hash that is another one when the data are; where they lie does not matter."""
+        ...
+
+
+def open_source(path: str | Path, *, images: str | Path | None = None) -> Source:
+    """Open the data at `path` and check their structure.
+
+    Args:
+        path: a `.tar` shard; a folder of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json`
+            or `.jsonl` file of LLaVA conversations, chats or documents; or a folder that holds one such file. A folder
+            that holds shards is read as shards, whatever else it holds.
+        images: for JSON: the folder to which names of images are relative, if it is not the file's own.
+
+    Raises:
+        FileNotFoundError: naming what is missing: the file, one shard of a range, or one that the manifest lists.
+        ValueError: a URL, or data that cannot be used; see `ShardSource` and `JSONSource`.
+    """
+    given = os.path.expanduser(os.fspath(path))
+    if url := _URL.match(given):
+        raise ValueError(
+            f"{given}: {url[0]} is not supported: sources are local files, remote shards cannot be streamed yet; "
+            "download them first"
+        )
+    place = Path(given)
+    if images is not None and not Path(images).expanduser().is_dir():
+        raise FileNotFoundError(f"{images}: there is no such folder of images")
+    if not place.exists() and (has_magic(given) or _BRACES.search(given)):
+        return _open_shards(place.name, _matches(given), images, expand_braces(given))
+    if not place.exists():
+        raise FileNotFoundError(f"{given}: there is no such file or folder")
+    if place.is_dir():
+        shards = sorted(place.glob("*.tar"))
+        if shards:
+            _refuse_parts(place)
+            return _open_shards(place.name, shards, images, ["*.tar"])
+        place = _only_json(place)
+    if place.suffix == ".tar":
+        return _open_shards(place.name, [place], images)
+    if place.suffix not in _JSON:
+        hint = "; compressed shards cannot be read at random, unpack them to .tar" if ".tar" in place.name else ""
+        raise ValueError(f"{place}: unknown kind of data; expected .tar, .json or .jsonl{hint}")
+    return JSONSource(place, None if images is None else Path(images).expanduser())
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expand ranges `{0000..0003}`, which keep their leading zeros, and lists `{a,b}`.
+
+    Raises:
+        ValueError: braces that are neither, or a range that runs backwards.
+    """
+    found = _BRACES.search(pattern)
+    if found is None:
+        if "{" in pattern or "}" in pattern:
+            raise ValueError(f"{pattern}: braces do not match")
+        return [pattern]
+    if bounds := _RANGE.fullmatch(found[1]):
+        low, high = bounds.groups()
+        if int(low) > int(high):
+            raise ValueError(f"{pattern}: the range {found[0]} runs backwards")
+        width = max(len(low), len(high)) if "0" in (low[0], high[0]) else 0
+        options = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
+    elif "," in found[1]:
+        options = found[1].split(",")
+    else:
+        raise ValueError(
+            f"{pattern}: expected a range such as {{0000..0003}} or a list such as {{a,b}}, got {found[0]}"
+        )
+    return [
+        whole for one in options for whole in expand_braces(pattern[: found.start()] + one + pattern[found.end() :])
+    ]
+
+
+def _matches(pattern: str) -> list[Path]:
+    """The files that a pattern names; each member of a brace range must bring one."""
+    paths: list[Path] = []
+    for one in expand_braces(pattern):
+        found = sorted(glob(one)) if has_magic(one) else [one] if os.path.exists(one) else []
+        if not found:
+            missing = "no file matches" if has_magic(one) else "there is no shard"
+            raise FileNotFoundError(f"{pattern}: {missing} {one}")
+        paths += map(Path, found)
+    if len(set(paths)) != len(paths):
+        raise ValueError(f"{pattern}: names a shard twice")
+    for path in paths:
+        if path.suffix != ".tar":
+            raise ValueError(f"{pattern}: patterns name .tar shards, and {path} is none")
+    return paths
+
+
+def _only_json(folder: Path) -> Path:
+    found = sorted(path for path in folder.iterdir() if path.suffix in _JSON)
+    if len(found) != 1:
+        names = f"several: {', '.join(path.name for path in found)}" if found else "none of them"
+        raise ValueError(f"{folder}: expected .tar shards or one .json or .jsonl file in this folder, found {names}")
+    return found[0]
+
+
+def _refuse_parts(folder: Path) -> None:
+    """A folder with training and test shards is no source: one would train on the test."""
+    parts = _manifest(folder)
+    if len(parts) > 1:
+        choices = ", ".join(str(folder / f"{part}-*.tar") for part in parts)
+        raise ValueError(f"{folder} holds several parts of one data set; name one of them: {choices}")
+
+
+def _open_shards(
+    name: str, paths: Sequence[Path], images: str | Path | None, patterns: Sequence[str] = ()
+) -> ShardSource:
+    """Open shards; those that `patterns` asked for and a manifest lists must be there."""
+    if images is not None:
+        raise ValueError(f"{name}: shards hold their images; a folder of images is for JSON only")
+    checksums: dict[Path, str] = {}
+    for folder in sorted({path.parent for path in paths}):
+        own = {path.name: path for path in paths if path.parent == folder}
+        for shard in (shard for shards in _manifest(folder).values() for shard in shards):
+            if shard.name not in own:
+                if any(fnmatch.fnmatch(shard.name, os.path.basename(pattern)) for pattern in patterns):
+                    raise FileNotFoundError(f"{folder / _MANIFEST} lists {shard.name}, and there is no such shard")
+                continue
+            path = own[shard.name]
+            checksums[path], size = shard.sha256, path.stat().st_size
+            if size != shard.size:
+                raise ValueError(f"{path} has {size} bytes, its manifest says {shard.size}")
+    return ShardSource(paths, checksums, name)
+
+
+def _manifest(folder: Path) -> dict[str, list[_ListedShard]]:
+    """Shards by part of the data set, as `handwriting_shards` lists them; nothing for a manifest of another kind."""
+    path = folder / _MANIFEST
+    try:
+        parts = json.loads(path.read_bytes())["parts"]
+        return {
+            part: [_ListedShard(shard["name"], shard["bytes"], shard["sha256"]) for shard in listed["shards"]]
+            for part, listed in parts.items()
+        }
+    except (FileNotFoundError, KeyError, TypeError, AttributeError):
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path}: unreadable JSON: {error}") from error

@@ -1,0 +1,131 @@
+"""JSON and JSON-lines files with images beside them: LLaVA conversations, chats, documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+
+from mmfuse.data.samples import Sample
+from mmfuse.data.sources.files import FilePool
+from mmfuse.data.sources.images import decode_image
+from mmfuse.data.sources.records import parse_record
+
+_SPACE: Final = re.compile(r"[ \t\r\n]*")
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class JSONSource:
+    """The records of a file that holds a JSON list, or objects behind each other (one on a line, as a rule).
+
+    All records are checked on opening; kept are only their places in the file, so that worker processes share nothing.
+
+    Args:
+        path: the file.
+        images: folder to which names of images are relative; without it, the file's own folder.
+
+    Raises:
+        ValueError: naming file and line where it is no JSON, or file and record that cannot be used.
+    """
+
+    def __init__(self, path: Path, images: Path | None = None) -> None:
+        self.name = path.name
+        self._root = Path(os.path.abspath(images if images is not None else path.parent))
+        self._pool = FilePool([path])
+        data = path.read_bytes()
+        spans: list[tuple[int, int]] = []
+        for number, (begin, end, raw) in enumerate(_records(path, data)):
+            where = f"{path}[{number}]"
+            for image in parse_record(raw, where).images:
+                self._image_path(image, where)
+            spans.append((begin, end))
+        if not spans:
+            raise ValueError(f"{path} holds no samples")
+        self._spans = np.array(spans, dtype=np.int64)
+        self._digest = hashlib.sha256(data).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, index: int) -> Sample:
+        at = range(len(self))[index]
+        begin, end = self._spans[at].tolist()
+        key = f"{self.name}[{at}]"
+        record = parse_record(json.loads(self._pool.read(0, begin, end - begin)), key)
+        images = tuple(self._image(name, key) for name in record.images)
+        return Sample(key, images, record.messages, record.text, record.info)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 over the file's name and contents; its images do not enter."""
+        return hashlib.sha256(json.dumps([self.name, self._digest]).encode()).hexdigest()
+
+    def _image(self, name: str, key: str) -> Image.Image:
+        path = self._image_path(name, key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{key}: there is no image {path}") from error
+        except OSError as error:
+            raise OSError(f"{key}: cannot read the image {path}: {error}") from error
+        return decode_image(data, f"{key}, {path}")
+
+    def _image_path(self, name: str, where: str) -> Path:
+        """Data bring names from elsewhere: none may lead out of the folder of images."""
+        if "://" in name or name.startswith("data:"):
+            raise ValueError(f"{where}: the image {name!r:.80} is a URL; images are read from files")
+        path = Path(os.path.normpath(self._root / name))
+        if not path.is_relative_to(self._root) or path == self._root:
+            raise ValueError(f"{where}: the image {name!r} lies outside of the folder of images {self._root}")
+        return path
+
+
+def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:
+    """Yield `(begin, end, value)` in bytes for each record, one at a time: a parsed file is several times its size."""
+    try:
+        skipped = len(_BOM) if data.startswith(_BOM) else 0
+        text = data[skipped:].decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+    decoder = json.JSONDecoder()
+    at = _space(text, 0)
+    in_list = text.startswith("[", at)
+    done = False
+    if in_list:
+        at = _space(text, at + 1)
+        done = text.startswith("]", at)
+    byte, seen = skipped, 0  # `byte` is where the character `seen` begins
+    while not done and (in_list or at < len(text)):
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {error.lineno}: unreadable JSON: {error.msg} (column {error.colno})"
+            ) from error
+        begin = byte + len(text[seen:at].encode())
+        byte, seen = begin + len(text[at:end].encode()), end
+        yield begin, byte, value
+        at = _space(text, end)
+        if in_list:
+            done = text.startswith("]", at)
+            if not done and not text.startswith(",", at):
+                raise ValueError(f"{path}, line {_line(text, at)}: unreadable JSON: expected ',' or ']' after a record")
+            at = _space(text, at + 1)
+    if in_list and at < len(text):
+        raise ValueError(f"{path}, line {_line(text, at)}: unreadable JSON: text after the end of the list")
+
+
+def _space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _line(text: str, at: int) -> int:
+    return text.count("\n", 0, at) + 1

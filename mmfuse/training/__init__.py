@@ -1,0 +1,1 @@
+"""Training with Lightning: module, data modules, callbacks and the command line."""

@@ -1,0 +1,184 @@
+"""What watches a fit: the metrics of each step, and the progress that people see."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from mmfuse.training.module import MultimodalModule
+
+
+class StepMetrics(Callback):
+    """Logs each optimizer step to the trainer's loggers, and its validation scores in the same row.
+
+    Lightning logs a step after the callbacks that save checkpoints, so a kill between the two would lose the row of a
+    step that the checkpoint already holds. This callback stands before them.
+
+    Args:
+        window: optimizer steps over which throughput is averaged.
+    """
+
+    def __init__(self, window: int = 20) -> None:
+        self._recent: deque[tuple[float, dict[str, int]]] = deque(maxlen=window)
+        self._begun = 0.0
+        self._logged = 0
+        self.total_tokens = 0
+        self.total_seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = time.perf_counter()
+        self._logged = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._logged:
+            return
+        assert isinstance(pl_module, MultimodalModule)
+        step = pl_module.last_step
+        assert step is not None
+        now = time.perf_counter()
+        self._recent.append((now - self._begun, dict(step.tokens)))
+        self.total_seconds += now - self._begun
+        self.total_tokens += sum(step.tokens.values())
+        self._begun, self._logged = now, trainer.global_step
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            _, stage, _ = pl_module.schedule.at(trainer.global_step - 1)
+            rates = {
+                f"lr/{part}": pl_module.schedule.learning_rate(part, trainer.global_step - 1)
+                for part in pl_module.schedule.trained_parts()
+            }
+            speeds = {f"tokens_per_second/{name}": speed for name, speed in self.throughput().items()}
+            self._log(trainer, {"train/loss": step.loss, "train/supervised_tokens": step.supervised, **rates, **speeds})
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Validation is no training time.
+        self._begun += time.perf_counter() - self._paused
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            self._log(trainer, scores)
+
+    @staticmethod
+    def _log(trainer: Trainer, metrics: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def throughput(self) -> dict[str, float]:
+        """Live tokens a second of each modality that occurs, over the last steps, on all ranks together."""
+        seconds = sum(elapsed for elapsed, _ in self._recent)
+        if not seconds:
+            return {}
+        names = self._recent[-1][1]
+        totals = {name: sum(tokens[name] for _, tokens in self._recent) for name in names}
+        return {name: total / seconds for name, total in totals.items() if total}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Live tokens of all modalities a second, over the whole fit, without validation."""
+        return self.total_tokens / self.total_seconds if self.total_seconds else 0.0
+
+
+def progress_items(trainer: Trainer) -> dict[str, str]:
+    """What a progress display says beside the bar: stage, loss, last validation, and tokens a second by modality."""
+    module = trainer.lightning_module
+    if not isinstance(module, MultimodalModule) or module.last_step is None:
+        return {}
+    _, stage, _ = module.schedule.at(max(0, trainer.global_step - 1))
+    items = {"stage": stage.name, "loss": f"{module.last_step.loss:.3f}"}
+    if "val/exact_match" in trainer.callback_metrics:
+        items["val"] = f"{float(trainer.callback_metrics['val/exact_match']):.1%}"
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StepMetrics):
+            items |= {f"{name} tok/s": f"{speed:,.0f}" for name, speed in callback.throughput().items()}
+    return items
+
+
+class TerminalProgress(RichProgressBar):
+    """Lightning's rich bar with the stage's name and tokens a second by modality."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=4, leave=True)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return dict(progress_items(trainer))
+
+
+class PlainProgress(ProgressBar):
+    """A line now and then, for output that is no terminal.
+
+    Args:
+        seconds: between lines.
+    """
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        super().__init__()
+        self._seconds = seconds
+        self._next = 0.0
+        self._enabled = True
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        done = trainer.global_step >= trainer.max_steps > 0
+        if self._enabled and (time.monotonic() >= self._next or done):
+            self._next = time.monotonic() + self._seconds
+            items = ", ".join(f"{name} {value}" for name, value in progress_items(trainer).items())
+            self._say(f"step {trainer.global_step}/{trainer.max_steps}: {items}")
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._enabled:
+            self._say(f"answering held-out questions: batch {batch_idx + 1}/{self.total_test_batches}")
+
+    @staticmethod
+    def _say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def progress_callback() -> ProgressBar:
+    """A bar in a terminal, plain lines elsewhere."""
+    return TerminalProgress() if sys.stdout.isatty() else PlainProgress()
+
+
+class ModelSummary(Callback):
+    """Prints, before training, the parameters of each part and the stages that tune it."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            assert isinstance(pl_module, MultimodalModule)
+            Console(stderr=True).print(summary_table(pl_module))
+
+
+def summary_table(module: MultimodalModule) -> Table:
+    """Parameters by part; for each stage the learning rate, or that the part is frozen."""
+    table = Table(title=f"fusion: {type(module.network.fusion).__name__}", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for stage in module.schedule.stages:
+        table.add_column(f"{stage.name}\n{stage.steps} steps, {stage.fusion or 'own'} fusion", justify="right")
+    for part, network in module.network.parts().items():
+        count = sum(parameter.numel() for parameter in network.parameters())
+        cells = [
+            f"lr {stage.lr[part]:g}" if stage.trains(part) else "frozen" if count else "–"
+            for stage in module.schedule.stages
+        ]
+        table.add_row(part, f"{count:,}", *(cell if count else "–" for cell in cells))
+    return table

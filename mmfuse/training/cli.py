@@ -1,0 +1,227 @@
+"""`mmfuse fit | validate | test | predict`: LightningCLI with run folders, stages and strict configs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from mmfuse.errors import ConfigError
+from mmfuse.eval.results import write_text_atomically
+from mmfuse.training.callbacks import ModelSummary, StepMetrics, progress_callback
+from mmfuse.training.checkpoints import (
+    AtomicCheckpointIO,
+    checkpoint_callbacks,
+    load_network_weights,
+    resolve_checkpoint,
+)
+from mmfuse.training.data import MultimodalData
+from mmfuse.training.metrics_csv import MetricsCSV
+from mmfuse.training.module import MultimodalModule
+from mmfuse.training.reporting import RunReport, export_model
+from mmfuse.training.runs import claim_folder, default_folder
+from mmfuse.training.stages import Schedule, Stage
+from mmfuse.training.strict import explain_mistake
+
+# What a run's config file leaves out: they belong to one call and not to the run.
+_PER_CALL = ("config", "ckpt_path", "verbose", "return_predictions")
+
+
+class MultimodalCLI(LightningCLI):
+    """LightningCLI for `MultimodalModule` and `MultimodalData`.
+
+    Args:
+        args: the words of the command line, the subcommand first.
+    """
+
+    def __init__(self, args: Sequence[str]) -> None:
+        strict = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            MultimodalModule,
+            MultimodalData,
+            save_config_callback=None,
+            seed_everything_default=0,
+            trainer_defaults={
+                # The stages say how long a fit is; it is one epoch of the plan that they make.
+                "max_epochs": 1,
+                "num_sanity_val_steps": 0,
+                "check_val_every_n_epoch": None,
+                "use_distributed_sampler": False,
+                "enable_model_summary": False,
+                "log_every_n_steps": 1,
+                "gradient_clip_val": 1.0,
+            },
+            parser_kwargs={**strict, **{name: strict for name in self.subcommands()}},
+            subclass_mode_data=True,
+            args=list(args),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", type=str | None, default=None, help="Run folder (default: runs/CONFIG).")
+        parser.add_argument("--stages", type=list[Stage], help="What is trained, on what, for how many steps.")
+        parser.add_argument("--checkpoint_every", type=int, default=50, help="Steps between `last` checkpoints.")
+        parser.link_arguments("stages", "model.stages")
+        parser.link_arguments("stages", "data.init_args.stages")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
+
+    # Before anything is built
+
+    def before_instantiate_classes(self) -> None:
+        options = self.config[self.config.subcommand]
+        self.out = Path(options.out) if options.out else default_folder(options.config)
+        options.out = str(self.out)
+        self.checkpoint = resolve_checkpoint(options.ckpt_path or self._usual_checkpoint(), self.out)
+        if options.checkpoint_every < 1:
+            raise ConfigError(f"checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
+        # jsonargparse keeps a dataclass as its path and its arguments until it is instantiated.
+        stages = [Stage(**stage.init_args.as_dict()) for stage in options.stages or []]
+        steps = Schedule(stages).steps
+        if options.trainer.max_steps == -1:
+            options.trainer.max_steps = steps
+        if self.config.subcommand == "fit":
+            claim_folder(self.out, resuming=self.checkpoint is not None)
+            self._save_config()
+
+    def _usual_checkpoint(self) -> str | None:
+        """Only `fit` starts without a checkpoint."""
+        return None if self.config.subcommand == "fit" else "best"
+
+    @rank_zero_only
+    def _save_config(self) -> None:
+        parser = self._parser(self.config.subcommand)
+        text = parser.dump(self.config[self.config.subcommand], skip_none=False)
+        settings = {name: value for name, value in yaml.safe_load(text).items() if name not in _PER_CALL}
+        write_text_atomically(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        options = self.config_init[self.config_init.subcommand]
+        self.metrics = MetricsCSV(self.out / "metrics.csv") if self.subcommand == "fit" else None
+        loggers: list[Logger] = []
+        if self.metrics is not None:
+            loggers = [self.metrics, TensorBoardLogger(self.out, name="tensorboard", version="")]
+            asked = options.trainer.logger
+            loggers += [logger for logger in _as_list(asked) if isinstance(logger, Logger)]
+        options.trainer.callbacks = [*_as_list(options.trainer.callbacks), *self._own_callbacks(options)]
+        return super().instantiate_trainer(
+            default_root_dir=str(self.out),
+            logger=loggers,
+            plugins=[*_as_list(options.trainer.plugins), AtomicCheckpointIO()],
+            enable_checkpointing=self.subcommand == "fit",
+            **kwargs,
+        )
+
+    def _own_callbacks(self, options: Any) -> list[Callback]:
+        callbacks: list[Callback] = [StepMetrics(), ModelSummary(), RunReport(self.out)]
+        if options.trainer.enable_progress_bar is not False:
+            callbacks.append(progress_callback())
+        if self.subcommand == "fit":
+            callbacks += checkpoint_callbacks(self.out, options.checkpoint_every)
+        return callbacks
+
+    # Commands
+
+    def before_fit(self) -> None:
+        self.config_init[self.subcommand].ckpt_path = str(self.checkpoint) if self.checkpoint else None
+        if self.checkpoint is not None and self.metrics is not None:
+            self.metrics.resume_from(_step_of(self.checkpoint))
+
+    def after_fit(self) -> None:
+        """Evaluate the best checkpoint (without validation data the last state) and export it."""
+        if not self._finished():
+            return
+        best = self.out / "checkpoints" / "best.ckpt"
+        if best.exists():
+            load_network_weights(best, self.model)
+        if self.trainer.is_global_zero:
+            export_model(self.out, self.model)
+        if self.datamodule.held_out["test"] is not None:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _finished(self) -> bool:
+        """Whether all steps were made; an interrupted fit is for resuming and not for evaluation."""
+        return bool(self.trainer.global_step >= self.trainer.max_steps and not self.trainer.interrupted)
+
+    def before_validate(self) -> None:
+        self._use_checkpoint()
+
+    def before_test(self) -> None:
+        self._use_checkpoint()
+
+    def before_predict(self) -> None:
+        self._use_checkpoint()
+
+    def _use_checkpoint(self) -> None:
+        self.config_init[self.subcommand].ckpt_path = None
+        assert self.checkpoint is not None
+        load_network_weights(self.checkpoint, self.model)
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What Lightning takes as nothing, one or several."""
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: its name and its words.
+
+    Raises:
+        ConfigError: a key, class, flag or value that is not known, with what was probably meant.
+    """
+    _quieten()
+    # LightningCLI warns whenever it is given words that are also those of the process.
+    sys.argv = sys.argv[:1]
+    try:
+        MultimodalCLI(argv)
+    except ArgumentError as error:
+        raise ConfigError(explain_mistake(str(error), config_schema(argv[0]), argv[1:])) from error
+    return 0
+
+
+def config_schema(command: str) -> dict[str, Any]:
+    """The keys of a config and their types, for `explain_mistake`."""
+    own: dict[str, Any] = {
+        "seed_everything": int,
+        "trainer": Trainer,
+        "model": MultimodalModule,
+        "data": MultimodalData,
+        "stages": list[Stage],
+        "out": str,
+        "checkpoint_every": int,
+        "ckpt_path": str,
+    }
+    more = {"validate": {"verbose": bool}, "test": {"verbose": bool}, "predict": {"return_predictions": bool}}
+    return own | more.get(command, {})
+
+
+def _quieten() -> None:
+    """Silence what Lightning says to everybody at every start; its warnings about the run itself are kept."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

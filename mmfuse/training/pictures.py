@@ -1,0 +1,108 @@
+"""The pictures of a run: curves, scores, answers, attention, and the mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmfuse.analysis.attention import attention_examples, visual_grid
+from mmfuse.analysis.plots import plot_attention, plot_families, plot_losses, plot_predictions
+from mmfuse.data import Source, encode_sample
+from mmfuse.eval.questions import Prediction
+from mmfuse.eval.report import Picture
+from mmfuse.sequence import TokenMap
+from mmfuse.training.module import MultimodalModule
+
+FOLDER = "plots"
+
+
+def draw_pictures(
+    folder: Path,
+    module: MultimodalModule,
+    source: Source,
+    seen: Sequence[Prediction],
+    blind: Sequence[Prediction],
+    scores: Mapping[str, Any],
+) -> list[Picture]:
+    """Write the pictures of a tested run into `folder/plots`.
+
+    Args:
+        folder: the run folder.
+        module: the model that was tested.
+        source: the questions, in the order of `seen`.
+        seen: answers with the image.
+        blind: answers without it.
+        scores: what `mmfuse.eval.scores.score` gives.
+    """
+    plots = folder / FOLDER
+    plots.mkdir(parents=True, exist_ok=True)
+    fusion = type(module.network.fusion).__name__
+    pictures = []
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        plot_losses(metrics, plots / "losses.png", stages=module.schedule.starts_by_name())
+        caption = "Loss on answer tokens, exact match on validation questions under teacher forcing, learning rates."
+        pictures.append(Picture("Training", caption, plots / "losses.png"))
+    plot_families(scores, plots / "families.png")
+    caption = "Exact match with its 95 % interval, the same model without the image, and the most frequent answer."
+    pictures.append(Picture("Scores by question family", caption, plots / "families.png"))
+    chosen = _examples(seen, count=12)
+    samples = [source[number] for number in chosen]
+    plot_predictions(
+        samples, [seen[n] for n in chosen], plots / "predictions.png", blind=[blind[n] for n in chosen]
+    )
+    caption = "Held-out questions: what was expected, what was answered, and the answer without the image in grey."
+    pictures.append(Picture("Answers", caption, plots / "predictions.png"))
+    shown = _one_per_family(seen)
+    if _has_grid(module):
+        examples = attention_examples(
+            module.network,
+            module.processor,
+            [source[n] for n in shown],
+            answers=[seen[n].prediction or seen[n].answer for n in shown],
+        )
+        plot_attention(examples, plots / "attention.png")
+        caption = "What the row that predicts each answer token attends to in the image, averaged over heads."
+        pictures.append(Picture("Attention to the image", caption, plots / "attention.png"))
+    encoded = encode_sample(source[shown[0]], module.processor.encoder)
+    tokens = module.processor.collate([encoded])["tokens"]
+    assert isinstance(tokens, TokenMap)
+    module.network.fusion.visibility(tokens).plot(plots / "mask.png")
+    caption = f"Who attends to whom in one held-out question under {fusion}: rows see columns."
+    pictures.append(Picture("Mask", caption, plots / "mask.png"))
+    return pictures
+
+
+def _has_grid(module: MultimodalModule) -> bool:
+    """Whether visual tokens have a place in the image; those of a resampler have none."""
+    try:
+        visual_grid(module.network)
+    except ValueError:
+        return False
+    return True
+
+
+def _one_per_family(predictions: Sequence[Prediction], most: int = 7) -> list[int]:
+    """The number of the first right answer of each family, or of its first."""
+    first: dict[str, int] = {}
+    for number, prediction in enumerate(predictions):
+        held = first.get(prediction.family)
+        if held is None or (prediction.right and not predictions[held].right):
+            first[prediction.family] = number
+    return list(first.values())[:most]
+
+
+def _examples(predictions: Sequence[Prediction], count: int) -> list[int]:
+    """Numbers of some answers: up to a third wrong ones, which teach most, the rest right, families in turn."""
+    by_family: dict[tuple[bool, str], list[int]] = {}
+    for number, prediction in enumerate(predictions):
+        by_family.setdefault((prediction.right, prediction.family), []).append(number)
+    wrong = _in_turn([held for (right, _), held in by_family.items() if not right])[: count // 3]
+    right = _in_turn([held for (right, _), held in by_family.items() if right])[: count - len(wrong)]
+    return sorted(right + wrong)
+
+
+def _in_turn(groups: Sequence[Sequence[int]]) -> list[int]:
+    longest = max(map(len, groups), default=0)
+    return [group[place] for place in range(longest) for group in groups if place < len(group)]

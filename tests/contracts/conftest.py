@@ -1,0 +1,114 @@
+"""What the contract suite runs over: a strategy joins by its line in `FUSIONS`, a decoder by its line in `FAMILIES`.
+
+The full cross product would say little more than this covering design: every strategy with every family on a ragged
+batch, and on Llama every strategy with every arrangement of samples and every attention backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import cycle
+
+import pytest
+from torch import Tensor
+
+from mmfuse.fusion import FUSIONS
+from mmfuse.kernels import BACKENDS
+from mmfuse.models import MultimodalLM
+from mmfuse.sequence import Side, TokenMap
+from mmfuse.testing import FAMILIES, Layout, tiny_batch, tiny_model
+
+ONE_IMAGE: Layout = [("text", 3), ("image", 4), ("text", 4), ("answer", 3)]
+SEVERAL_IMAGES: Layout = [("text", 2), ("image", 4), ("image", 4), ("text", 3), ("answer", 3)]
+INTERLEAVED: Layout = [("text", 1), ("image", 4), ("text", 2), ("image", 4), ("text", 2), ("answer", 3)]
+TEXT_ONLY: Layout = [("text", 5), ("answer", 3)]
+NO_INSTRUCTION: Layout = [("text", 1), ("image", 4), ("answer", 4)]
+TWO_TURNS: Layout = [
+    *[("text", 2), ("image", 4), ("text", 2), ("answer", 2)],
+    *[("text", 2), ("image", 4), ("text", 1), ("answer", 3)],
+]
+RAGGED = [ONE_IMAGE, TEXT_ONLY, TWO_TURNS]
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Samples, and how they lie in a batch."""
+
+    samples: list[Layout]
+    side: Side = "right"
+    pack: bool = False
+
+
+ARRANGEMENTS = {
+    "one_image": Arrangement([ONE_IMAGE] * 2),
+    "several_images": Arrangement([SEVERAL_IMAGES] * 2),
+    "interleaved": Arrangement([INTERLEAVED] * 2),
+    "text_only": Arrangement([TEXT_ONLY] * 2),
+    "no_instruction": Arrangement([NO_INSTRUCTION] * 2),
+    "two_turns": Arrangement([TWO_TURNS] * 2),
+    "packed": Arrangement([ONE_IMAGE, NO_INSTRUCTION, TEXT_ONLY, TWO_TURNS], pack=True),
+    "ragged_right": Arrangement(RAGGED, side="right"),
+    "ragged_left": Arrangement(RAGGED, side="left"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the design."""
+
+    fusion: str
+    family: str
+    kv_heads: int
+    arrangement: str
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.fusion}-{self.family}-kv{self.kv_heads}-{self.arrangement}-{self.backend}"
+
+
+def design() -> list[Case]:
+    heads = cycle((4, 2, 1))
+    cases = []
+    for fusion in FUSIONS:
+        cases += [Case(fusion, family, next(heads), "ragged_left", "auto") for family in FAMILIES]
+        cases += [Case(fusion, "llama", next(heads), name, backend) for name in ARRANGEMENTS for backend in BACKENDS]
+    return cases
+
+
+@pytest.fixture(params=design(), ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture
+def model(case: Case) -> MultimodalLM:
+    made = tiny_model(case.fusion, case.family, kv_heads=case.kv_heads)
+    made.config.attention_backend = case.backend
+    return made
+
+
+@pytest.fixture
+def arrange(case: Case, model: MultimodalLM) -> Callable[..., dict[str, Tensor | TokenMap]]:
+    """Makes the batch of the case's samples; `side` and `pack` can be chosen anew."""
+    arrangement = ARRANGEMENTS[case.arrangement]
+
+    def make(side: Side = arrangement.side, pack: bool = arrangement.pack) -> dict[str, Tensor | TokenMap]:
+        return tiny_batch(model, arrangement.samples, side=side, pack=pack)
+
+    return make
+
+
+@pytest.fixture
+def batch(arrange: Callable[..., dict[str, Tensor | TokenMap]]) -> dict[str, Tensor | TokenMap]:
+    return arrange()
+
+
+@pytest.fixture(params=FUSIONS)
+def fusion(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
