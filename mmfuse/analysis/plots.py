@@ -131,6 +131,7 @@ def plot_predictions(
         left, top = gap + number % columns * width, total[1] - gap - number // columns * height
         box = (left / total[0], (top - side) / total[1], side / total[0], side / total[1])
         axes = figure.add_axes(box)
+        axes.set_anchor("SW")
         if sample.images:
             _show(axes, sample.images[0])
         else:
@@ -187,7 +188,7 @@ def plot_attention(
     panels[0, 1].set_title("image", fontsize=10)
     assert drawn is not None
     bar = figure.colorbar(drawn, ax=panels[:, 2:], fraction=0.03, pad=0.02, aspect=30)
-    bar.set_label("attention to a visual token, mean over heads", fontsize=9)
+    bar.set_label("attention to a visual token,\nmean over heads", fontsize=9)
     bar.ax.tick_params(labelsize=9)
     figure.savefig(path, dpi=DPI)
 
@@ -233,10 +234,12 @@ def plot_losses(
                 "ls": "--" if number else "-",
             }
             panels[-1].plot(*metrics[rate], label=rate.removeprefix("lr").strip("/-") or None, **style)
-        panels[-1].set(ylim=(0, None), ylabel="learning rate")
+        top = max(value for rate in rates for value in metrics[rate][1])
+        # Room for the legend above the curves.
+        panels[-1].set(ylim=(0, (1.6 if len(rates) > 1 else 1.1) * top or None), ylabel="learning rate")
         panels[-1].ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         if len(rates) > 1:
-            panels[-1].legend(fontsize=8, frameon=False, ncols=2, loc="upper right")
+            panels[-1].legend(fontsize=8, frameon=False, ncols=len(rates), loc="upper right")
     for axes in panels:
         axes.grid(color="#ECEDEF")
         axes.margins(x=0.01)
@@ -284,7 +287,8 @@ def _draw_losses(axes: Axes, metrics: Mapping[str, tuple[list[int], list[float]]
         span = max(1, len(steps) // 60)
         means = [smooth(values[begin:end], span) for begin, end in pairwise(cuts)]
         for number, ((begin, end), mean) in enumerate(zip(pairwise(cuts), means, strict=True)):
-            axes.plot(steps[begin:end], mean, color=BLUE, lw=1.8, label=None if number else "training, smoothed")
+            label = None if number else "training, smoothed"
+            axes.plot(steps[begin:end], mean, "o-" if len(mean) == 1 else "-", color=BLUE, ms=4.5, lw=1.8, label=label)
     if "val/loss" in metrics:
         axes.plot(*metrics["val/loss"], "o-", color=ORANGE, ms=4.5, lw=1.4, label="validation")
     every = [value for name in ("train/loss", "val/loss") if name in metrics for value in metrics[name][1]]
@@ -299,6 +303,8 @@ def _mark_stages(panels: Sequence[Axes], stages: Sequence[tuple[str, int]]) -> N
     low, high = panels[0].get_xlim()
     ends = [-math.inf, -math.inf]
     for number, (name, start) in enumerate(stages):
+        if start > high:  # the run was stopped before
+            continue
         if number:
             for axes in panels:
                 axes.axvline(start, color=SOFT, lw=1.0, ls=(0, (4, 3)))
@@ -317,7 +323,7 @@ def _cell(item: Answered, blind: Answered | None) -> list[tuple[str, dict[str, A
     lines = [(text, {"fontsize": 9.5, "color": INK}) for text in _wrap(item.question, 29)]
     lines += [(text, {"fontsize": 9.5, "color": SOFT}) for text in _wrap(f"expected: {item.answer}", 29)]
     told = {"fontsize": 9.5, "color": colour, "fontweight": "bold"}
-    lines += [(text, told) for text in _wrap(f"{mark} {item.prediction or '(nothing)'}", 27)]
+    lines += [(text, told) for text in _wrap(f"{mark} {item.prediction or '(nothing)'}", 25)]
     if blind is not None:
         lines += [
             (text, {"fontsize": 9, "color": GREY}) for text in _wrap(f"blind: {blind.prediction or '(nothing)'}", 29)

@@ -20,7 +20,7 @@ import mmfuse
 #: The one entry that holds entries itself.
 NESTED = "by_family"
 
-_PACKAGES = ("torch", "transformers", "lightning")
+_PACKAGES = ("transformers", "lightning")
 
 
 def write_results(path: str | PathLike[str], **results: Any) -> Path:
@@ -75,9 +75,10 @@ def provenance() -> dict[str, Any]:
     commit, dirty = git_state(Path(mmfuse.__file__).parent)
     return {
         "mmfuse_version": mmfuse.__version__,
+        "torch_version": str(torch.__version__),  # unlike the package's metadata it names the build: 2.14.1+cu130
         **{f"{package}_version": _version(package) for package in _PACKAGES},
         "python_version": platform.python_version(),
-        "platform": platform.platform(terse=True) + "-" + platform.machine(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

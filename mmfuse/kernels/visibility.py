@@ -146,7 +146,7 @@ class Visibility:
     def _pairs_by_conjunction(self) -> dict[Condition, list[tuple[int, int]]]:
         groups: dict[Condition, list[tuple[int, int]]] = {}
         for pair, conjunctions in self.rules.items():
-            for conjunction in conjunctions:
+            for conjunction in set(conjunctions):
                 groups.setdefault(conjunction, []).append(pair)
         return groups
 

@@ -49,8 +49,7 @@ class StepMetrics(Callback):
         self.total_seconds += now - self._begun
         self.total_tokens += sum(step.tokens.values())
         self._begun, self._logged = now, trainer.global_step
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            _, stage, _ = pl_module.schedule.at(trainer.global_step - 1)
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = {
                 f"lr/{part}": pl_module.schedule.learning_rate(part, trainer.global_step - 1)
                 for part in pl_module.schedule.trained_parts()
@@ -137,16 +136,22 @@ class PlainProgress(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         done = trainer.global_step >= trainer.max_steps > 0
-        if self._enabled and (time.monotonic() >= self._next or done):
-            self._next = time.monotonic() + self._seconds
+        if self._due(done):
             items = ", ".join(f"{name} {value}" for name, value in progress_items(trainer).items())
             self._say(f"step {trainer.global_step}/{trainer.max_steps}: {items}")
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._enabled:
-            self._say(f"answering held-out questions: batch {batch_idx + 1}/{self.total_test_batches}")
+        total = sum(trainer.num_test_batches)
+        if self._due(batch_idx + 1 == total):
+            self._say(f"held-out questions: batch {batch_idx + 1}/{total} answered, with the image and without")
+
+    def _due(self, last: bool) -> bool:
+        if not self._enabled or not (last or time.monotonic() >= self._next):
+            return False
+        self._next = time.monotonic() + self._seconds
+        return True
 
     @staticmethod
     def _say(line: str) -> None:

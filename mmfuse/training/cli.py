@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from mmfuse.errors import ConfigError
 from mmfuse.eval.results import write_text_atomically
@@ -44,9 +44,10 @@ class MultimodalCLI(LightningCLI):
 
     Args:
         args: the words of the command line, the subcommand first.
+        run: False takes words without a subcommand, builds everything, and runs nothing.
     """
 
-    def __init__(self, args: Sequence[str]) -> None:
+    def __init__(self, args: Sequence[str], *, run: bool = True) -> None:
         strict = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             MultimodalModule,
@@ -63,9 +64,10 @@ class MultimodalCLI(LightningCLI):
                 "log_every_n_steps": 1,
                 "gradient_clip_val": 1.0,
             },
-            parser_kwargs={**strict, **{name: strict for name in self.subcommands()}},
+            parser_kwargs={**strict, **dict.fromkeys(self.subcommands(), strict)},
             subclass_mode_data=True,
             args=list(args),
+            run=run,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
@@ -85,10 +87,9 @@ class MultimodalCLI(LightningCLI):
     # Before anything is built
 
     def before_instantiate_classes(self) -> None:
-        options = self.config[self.config.subcommand]
+        options = self.config[self.subcommand] if self.subcommand else self.config
         self.out = Path(options.out) if options.out else default_folder(options.config)
         options.out = str(self.out)
-        self.checkpoint = resolve_checkpoint(options.ckpt_path or self._usual_checkpoint(), self.out)
         if options.checkpoint_every < 1:
             raise ConfigError(f"checkpoint_every must be at least 1 step, got {options.checkpoint_every}")
         # jsonargparse keeps a dataclass as its path and its arguments until it is instantiated.
@@ -96,23 +97,25 @@ class MultimodalCLI(LightningCLI):
         steps = Schedule(stages).steps
         if options.trainer.max_steps == -1:
             options.trainer.max_steps = steps
-        if self.config.subcommand == "fit":
+        self.checkpoint: Path | None = None
+        if self.subcommand:
+            self.checkpoint = resolve_checkpoint(options.ckpt_path or self._usual_checkpoint(), self.out)
+        if self.subcommand == "fit":
             claim_folder(self.out, resuming=self.checkpoint is not None)
             self._save_config()
 
     def _usual_checkpoint(self) -> str | None:
         """Only `fit` starts without a checkpoint."""
-        return None if self.config.subcommand == "fit" else "best"
+        return None if self.subcommand == "fit" else "best"
 
     @rank_zero_only
     def _save_config(self) -> None:
-        parser = self._parser(self.config.subcommand)
-        text = parser.dump(self.config[self.config.subcommand], skip_none=False)
+        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         settings = {name: value for name, value in yaml.safe_load(text).items() if name not in _PER_CALL}
         write_text_atomically(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        options = self.config_init[self.config_init.subcommand]
+        options = self.config_init[self.subcommand] if self.subcommand else self.config_init
         self.metrics = MetricsCSV(self.out / "metrics.csv") if self.subcommand == "fit" else None
         loggers: list[Logger] = []
         if self.metrics is not None:
@@ -192,14 +195,24 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a key, class, flag or value that is not known, with what was probably meant.
     """
+    parse_and_build(argv)
+    return 0
+
+
+def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
+    """Parse the words, build everything, and run the subcommand unless `run` is False.
+
+    Raises:
+        ConfigError: see `main`.
+    """
     _quieten()
     # LightningCLI warns whenever it is given words that are also those of the process.
     sys.argv = sys.argv[:1]
     try:
-        MultimodalCLI(argv)
+        return MultimodalCLI(argv, run=run)
     except ArgumentError as error:
-        raise ConfigError(explain_mistake(str(error), config_schema(argv[0]), argv[1:])) from error
-    return 0
+        command, words = (argv[0], argv[1:]) if run else ("", argv)
+        raise ConfigError(explain_mistake(str(error), config_schema(command), words)) from error
 
 
 def config_schema(command: str) -> dict[str, Any]:
@@ -220,8 +233,10 @@ def config_schema(command: str) -> dict[str, Any]:
 
 def _quieten() -> None:
     """Silence what Lightning says to everybody at every start; its warnings about the run itself are kept."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
+    # Lightning's own use of a name that torch renamed.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

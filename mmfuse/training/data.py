@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
@@ -107,7 +108,8 @@ class MultimodalData(LightningDataModule):
     @property
     def processor(self) -> MultimodalProcessor:
         assert self.trainer is not None
-        processor: MultimodalProcessor = self.trainer.lightning_module.processor
+        processor = self.trainer.lightning_module.processor
+        assert isinstance(processor, MultimodalProcessor)
         return processor
 
     def setup(self, stage: str | None = None) -> None:
@@ -161,6 +163,10 @@ class MultimodalData(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.test_dataloader()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        # Samples that are still to be encoded hold no tensors.
+        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def _held_out_loader(self, name: str, collate: Any) -> DataLoader[Any]:
         assert self.trainer is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class MultimodalModule(LightningModule):
         network: NetworkSpec,
         stages: list[Stage],
         tokenizer: str | None = None,
-        optimizer: AdamWSpec = AdamWSpec(),  # noqa: B008  (frozen)
+        optimizer: AdamWSpec = AdamWSpec(),
         ema_decay: float | None = None,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 32,
@@ -110,13 +111,14 @@ class MultimodalModule(LightningModule):
         return [] if self.ema_decay is None else [EMAWeightAveraging(decay=self.ema_decay, use_buffers=False)]
 
     def configure_optimizers(self) -> Any:
-        groups, rates = [], []
+        groups: list[dict[str, Any]] = []
+        rates: list[Callable[[int], float]] = []
         for part in self.schedule.trained_parts():
             for decay, parameters in _by_decay(self.network.parts()[part]).items():
                 if parameters:
                     weight_decay = self.optimizer_spec.weight_decay if decay else 0.0
                     groups.append({"params": parameters, "lr": 1.0, "weight_decay": weight_decay, "part": part})
-                    rates.append(lambda step, part=part: self.schedule.learning_rate(part, step))
+                    rates.append(partial(self.schedule.learning_rate, part))
         optimizer = AdamW(groups, betas=self.optimizer_spec.betas, eps=self.optimizer_spec.eps)
         scheduler = {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -124,7 +126,7 @@ class MultimodalModule(LightningModule):
     # Training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """The *sum* of the loss over the batch's supervised tokens; `on_before_optimizer_step` divides by their number."""
+        """The *sum* of the loss over the supervised tokens; `on_before_optimizer_step` divides by their number."""
         index, _, _ = self.schedule.at(self.global_step)
         inputs = {name: value for name, value in batch.items() if name != "keys"}
         output = self.network(**inputs, return_logits=False, fusion=self.stage_fusions[index])
@@ -186,10 +188,6 @@ class MultimodalModule(LightningModule):
 
     # Answers, by generation
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        # Samples that are still to be encoded hold no tensors.
-        return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
-
     def test_step(self, batch: list[Any], batch_idx: int) -> dict[str, list[Prediction]]:
         return {"seen": self._answer(batch, blind=False), "blind": self._answer(batch, blind=True)}
 
@@ -219,7 +217,9 @@ def _stage_fusion(stage: Stage) -> Fusion | None:
         return None
     fusion = build_fusion(stage.fusion)
     if any(True for _ in fusion.parameters()):
-        raise ConfigError(f"stage {stage.name!r}: fusion {stage.fusion!r} has parameters of its own; name it in model.network")
+        raise ConfigError(
+            f"stage {stage.name!r}: fusion {stage.fusion!r} has parameters of its own; name it in model.network"
+        )
     return fusion
 
 

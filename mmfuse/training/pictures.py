@@ -49,9 +49,7 @@ def draw_pictures(
     pictures.append(Picture("Scores by question family", caption, plots / "families.png"))
     chosen = _examples(seen, count=12)
     samples = [source[number] for number in chosen]
-    plot_predictions(
-        samples, [seen[n] for n in chosen], plots / "predictions.png", blind=[blind[n] for n in chosen]
-    )
+    plot_predictions(samples, [seen[n] for n in chosen], plots / "predictions.png", blind=[blind[n] for n in chosen])
     caption = "Held-out questions: what was expected, what was answered, and the answer without the image in grey."
     pictures.append(Picture("Answers", caption, plots / "predictions.png"))
     shown = _one_per_family(seen)

@@ -70,7 +70,7 @@ class RunReport(Callback):
 
 
 def gathered(trainer: Trainer, own: list[Prediction]) -> list[Prediction]:
-    """The predictions of all ranks in the order of the source, of which rank r answered r, r + world, …"""
+    """The predictions of all ranks in the order of the source, of which rank r answered every `world`-th from r on."""
     world = trainer.world_size
     if world == 1:
         return own

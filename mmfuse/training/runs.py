@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only
 
 from mmfuse.errors import ConfigError
 
@@ -28,7 +28,7 @@ def default_folder(configs: Sequence[Any] | None) -> Path:
 
 @rank_zero_only
 def claim_folder(folder: Path, *, resuming: bool) -> None:
-    """Make `folder` ready for a fit; an earlier run that lies there and is not resumed is moved aside, never deleted."""
+    """Make `folder` ready for a fit; an earlier run there that is not resumed is moved aside."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {folder}: this is a file; a run needs a folder")
     if folder.exists() and any(folder.iterdir()) and not resuming:

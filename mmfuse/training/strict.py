@@ -1,7 +1,7 @@
 """Turns a mistake in a config or a flag into a sentence that says what was probably meant.
 
-jsonargparse names the key that it does not know, at best. This module walks the same type hints that jsonargparse parses
-by, and finds the first key, class name or flag that they do not have.
+jsonargparse names the key that it does not know, at best. This module walks the same type hints that jsonargparse
+parses by, and finds the first key, class name or flag that they do not have.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def _unknown_flag(word: str, schema: Schema) -> str | None:
     if not word.startswith("--") or word == "--":
         return None
     flag = word[2:].split("=")[0].removesuffix("+")
-    path, known = [], schema
+    path: list[str] = []
+    known = schema
     for name in flag.split("."):
         if name not in known:
             there = ["config", "help", "print_config", *known] if not path else list(known)
@@ -161,9 +162,9 @@ def _is_group(cls: type) -> bool:
 
 
 def _parameters(cls: type) -> dict[str, Any]:
-    signature = inspect.signature(cls.__init__)
+    signature = inspect.signature(cls)
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(vars(cls).get("__init__", cls))
     except (NameError, TypeError):
         hints = {}
     return {

@@ -159,6 +159,14 @@ def test_full_is_the_usual_decoding_step() -> None:
     assert not padded.rows(3).is_full()
 
 
+def test_a_rule_that_is_given_twice_counts_once() -> None:
+    one = {"rank": 0, "document": 0, "segment": 0, "turn": 0, "cls": 0, "ref": 0}
+    tokens = [[{**one, "slot": 0}, {**one, "slot": 1, "cls": 1}]]
+    rules = {(0, 0): [Condition.ALWAYS] * 4}  # as many entries as there are pairs of two classes
+    visibility = Visibility(axis(tokens), axis(tokens), rules, NAMES[:2])
+    assert visibility.dense().tolist() == [[[True, False], [False, False]]]
+
+
 def test_visibility_refuses() -> None:
     tokens = axis([[{"document": 0, "rank": 0, "segment": 0, "turn": 0, "cls": 0, "ref": 0, "slot": 0}]])
     with pytest.raises(ValueError, match="window must be at least 1 slot, got 0"):

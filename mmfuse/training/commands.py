@@ -1,0 +1,124 @@
+"""The commands beside training: `generate`, `explain` and `list`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mmfuse.errors import ConfigError, unknown
+
+
+class StrictParser(argparse.ArgumentParser):
+    """Argparse without abbreviations, whose errors say what was meant and end in the one place that prints errors."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=f"mmfuse {prog}", description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see `{self.prog} --help`)")
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        options, rest = self.parse_known_args(list(words))
+        if rest:
+            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+            raise ConfigError(unknown("option", rest[0].split("=")[0], flags))
+        return options
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Answer one prompt with a trained model."""
+    parser = StrictParser("generate", "Answer one prompt with a trained model, with or without images.")
+    parser.add_argument("--ckpt", required=True, help="a run folder, or a model saved by save_pretrained")
+    parser.add_argument("--prompt", required=True, help="what to ask")
+    parser.add_argument("--image", action="append", default=[], help="an image file; repeat for several")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="the longest answer, in tokens (default: 64)")
+    parser.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: 1)")
+    options = parser.parse(argv[1:])
+    folder = model_folder(Path(options.ckpt))
+    for image in options.image:
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"--image {image}: there is no such file")
+
+    from mmfuse.training.inference import answer, load_model
+
+    model, processor = load_model(folder)
+    print(
+        answer(
+            model,
+            processor,
+            options.prompt,
+            [Path(image) for image in options.image],
+            max_new_tokens=options.max_new_tokens,
+            num_beams=options.num_beams,
+        )
+    )
+    return 0
+
+
+def model_folder(path: Path) -> Path:
+    """The folder of a saved model: `path` itself, or `model` in a run folder.
+
+    Raises:
+        FileNotFoundError: neither holds a model.
+    """
+    for folder in (path / "model", path):
+        if (folder / "config.json").is_file():
+            return folder
+    if not path.exists():
+        raise FileNotFoundError(f"--ckpt {path}: there is no such folder")
+    raise FileNotFoundError(
+        f"--ckpt {path}: neither {path / 'model'} nor {path} holds a model (config.json); a run has one when it is done"
+    )
+
+
+def explain(argv: Sequence[str]) -> int:
+    """Show what a config makes of its first batch in each stage."""
+    from mmfuse.training.explain import main
+
+    return main(argv)
+
+
+def list_(argv: Sequence[str]) -> int:
+    """Name what configs can choose from."""
+    parser = StrictParser("list", "Name what a config can choose from.")
+    parser.add_argument("kind", nargs="?", help="one kind only")
+    options = parser.parse(argv[1:])
+    kinds = available()
+    if options.kind is not None and options.kind not in kinds:
+        raise ConfigError(unknown("kind", options.kind, kinds))
+    from rich.console import Console
+    from rich.table import Table
+
+    for kind in [options.kind] if options.kind else kinds:
+        table = Table(title=kind, title_justify="left", box=None, show_header=False, pad_edge=False)
+        table.add_column(no_wrap=True, min_width=22)
+        table.add_column()
+        for name, meaning in kinds[kind].items():
+            table.add_row(f"  {name}", meaning)
+        Console().print(table, end="\n\n" if not options.kind else "\n")
+    return 0
+
+
+def available() -> dict[str, dict[str, str]]:
+    """For each kind of part the names that a config may use, each with a line about it."""
+    from mmfuse.fusion import FUSIONS
+    from mmfuse.kernels import BACKENDS
+    from mmfuse.models.config import DECODER_FAMILIES
+    from mmfuse.models.connectors import CONNECTORS
+    from mmfuse.models.encoders import ENCODERS
+    from mmfuse.training.data import HandwritingData, MultimodalData
+
+    return {
+        "fusions": _first_lines(FUSIONS),
+        "encoders": _first_lines(ENCODERS),
+        "connectors": _first_lines(CONNECTORS),
+        "decoders": dict.fromkeys(DECODER_FAMILIES, "a Hugging Face decoder, by its model_type"),
+        "data": _first_lines({cls.__name__: cls for cls in (HandwritingData, MultimodalData)}),
+        "attention backends": dict.fromkeys(BACKENDS, ""),
+    }
+
+
+def _first_lines(classes: Mapping[str, type]) -> dict[str, str]:
+    return {name: (cls.__doc__ or "").strip().split("\n")[0] for name, cls in classes.items()}
