@@ -29,7 +29,8 @@ class NetworkSpec:
     """The parts of a model, as a config names them.
 
     Attributes:
-        decoder: a Hugging Face decoder config with its `model_type`, or `{"pretrained": folder or hub name}`.
+        decoder: a Hugging Face decoder config with its `model_type`, `{"pretrained": folder or hub name}`, or both: then
+            what is given must agree with the checkpoint. On the meta device `pretrained` is not looked at.
         encoders: for each modality the spec of its encoder.
         connectors: for each modality the spec of its connector.
         fusion: a strategy by name, or `{"type": name, …}`.
@@ -58,10 +59,12 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    pretrained = _pretrained_path(spec)
-    text_config = AutoConfig.from_pretrained(pretrained) if pretrained else _decoder_for(spec.decoder, tokenizer)
+    settings = dict(spec.decoder)
+    pretrained = settings.pop("pretrained", None)
+    if torch.get_default_device().type == "meta" and settings:
+        pretrained = None
     config = MultimodalConfig(
-        text_config=decoder_config(text_config),
+        text_config=_checkpoint_config(pretrained, settings) if pretrained else _decoder_for(settings, tokenizer),
         encoders=spec.encoders,
         connectors=spec.connectors,
         fusion=spec.fusion,
@@ -69,7 +72,7 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
         attention_backend=spec.attention_backend,
     )
     model = MultimodalLM(config)
-    if pretrained and torch.get_default_device().type != "meta":
+    if pretrained:
         model.decoder = AutoModelForCausalLM.from_pretrained(pretrained, attn_implementation=ATTENTION)
     if len(tokenizer) > config.text_config.vocab_size:
         model.decoder.resize_token_embeddings(len(tokenizer))
@@ -95,11 +98,14 @@ def processor_for(
     )
 
 
-def _pretrained_path(spec: NetworkSpec) -> str | None:
-    if "pretrained" not in spec.decoder:
-        return None
-    check_keys("a pretrained decoder", spec.decoder, ["pretrained"])
-    return str(spec.decoder["pretrained"])
+def _checkpoint_config(pretrained: str, settings: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a checkpoint, after a check that it is what `settings` say."""
+    config = decoder_config(AutoConfig.from_pretrained(pretrained))
+    for name, value in settings.items():
+        found = getattr(config, name, None)
+        if found != value:
+            raise ConfigError(f"decoder: {name} is {value!r} in the config and {found!r} in {pretrained}")
+    return config
 
 
 def _decoder_for(settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -53,12 +53,13 @@ def draw_pictures(
     caption = "Held-out questions: what was expected, what was answered, and the answer without the image in grey."
     pictures.append(Picture("Answers", caption, plots / "predictions.png"))
     shown = _one_per_family(seen)
-    if _has_grid(module):
+    with_image = [number for number in shown if source[number].images]
+    if with_image and _has_grid(module):
         examples = attention_examples(
             module.network,
             module.processor,
-            [source[n] for n in shown],
-            answers=[seen[n].prediction or seen[n].answer for n in shown],
+            [source[number] for number in with_image],
+            answers=[seen[number].prediction or seen[number].answer for number in with_image],
         )
         plot_attention(examples, plots / "attention.png")
         caption = "What the row that predicts each answer token attends to in the image, averaged over heads."

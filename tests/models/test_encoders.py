@@ -297,6 +297,19 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("name", [*TIMM_MODELS, "open_clip-timm"])
+def test_rebuild_buffers(name: str):
+    encoder = build(SPECS[name])
+    pixels = images(encoder)
+    expected = encoder(pixels)
+    saved = encoder.state_dict()
+    for path, buffer in encoder.named_buffers():
+        if path not in saved:
+            buffer.fill_(torch.nan if buffer.is_floating_point() else 0)
+    encoder.rebuild_buffers()
+    assert torch.equal(encoder(pixels), expected)
+
+
 def multimodal(spec: dict[str, Any]) -> MultimodalLM:
     config = MultimodalConfig(
         text_config={
@@ -475,6 +488,7 @@ def test_convolutional_stem_counts_as_part_of_the_patch(model: str):
         ),
         ({"type": "timm", "model": "resnet18"}, "'resnet18' is no plain vision transformer"),
         (timm_spec("vit_tiny_patch16_224") | {"options": {"dept": 2}}, "did you mean 'depth'?"),
+        ({"type": "timm", "model": "levit_128", "options": {"embed_dim": 32}}, "cannot be built with options"),
         (timm_spec("vit_tiny_patch16_224") | {"options": {"img_size": 32}}, "unknown key in options of timm model"),
         ({"type": "hf"}, "an encoder of type 'hf' needs `config` (with `model_type`) or `pretrained`"),
         ({"type": "hf", "config": {}}, "encoder config has no `model_type`"),

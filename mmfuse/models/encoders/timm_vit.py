@@ -57,7 +57,12 @@ class TimmEncoder(Encoder):
             outline = _create(model, {})
             _check_options(model, outline, options)
             if options:
-                outline = _create(model, options)
+                try:
+                    outline = _create(model, options)
+                except (AssertionError, TypeError, ValueError) as error:
+                    raise ConfigError(
+                        f"timm model {model!r} cannot be built with options {options}: {error}"
+                    ) from error
         patch, native = grid_sizes(model, outline)
         size = check_image_size(image_size, native, patch)
         resized = {} if size == native else {"img_size": size}
