@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from mmfuse.errors import ConfigError, check_keys
+from mmfuse.errors import ConfigError
 from mmfuse.models.chat import IMAGE_TOKEN
 from mmfuse.models.config import MultimodalConfig, decoder_config
 from mmfuse.models.decoder import ATTENTION
@@ -29,8 +29,8 @@ class NetworkSpec:
     """The parts of a model, as a config names them.
 
     Attributes:
-        decoder: a Hugging Face decoder config with its `model_type`, `{"pretrained": folder or hub name}`, or both: then
-            what is given must agree with the checkpoint. On the meta device `pretrained` is not looked at.
+        decoder: a Hugging Face decoder config with its `model_type`, `{"pretrained": folder or hub name}`, or both:
+            then what is given must agree with the checkpoint. On the meta device `pretrained` is not looked at.
         encoders: for each modality the spec of its encoder.
         connectors: for each modality the spec of its connector.
         fusion: a strategy by name, or `{"type": name, …}`.

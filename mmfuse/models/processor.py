@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
 
 from mmfuse.errors import check_keys
 from mmfuse.fusion import IGNORED_LABEL
@@ -92,7 +94,15 @@ class MultimodalProcessor(ProcessorMixin):
         return self.collate(samples, side="left" if generation else "right", supervised=not generation)
 
     def collate(self, samples: Sequence[EncodedSample], *, side: Side = "right", supervised: bool = True) -> Batch:
-        """Pad encoded samples into a batch; labels are the ids of answer tokens and -100 elsewhere."""
+        """Pad encoded samples into a batch; labels are the ids of answer tokens and -100 elsewhere.
+
+        Images may be PIL images of any mode, or arrays: uint8 `[H, W]` or `[H, W, 3]`, or whatever else the image
+        processor takes.
+
+        Raises:
+            ValueError: no samples.
+            TypeError: an image that is neither a PIL image nor an array or tensor.
+        """
         if not samples:
             raise ValueError("a batch needs at least one sample")
         length = max(map(len, samples))
@@ -107,9 +117,63 @@ class MultimodalProcessor(ProcessorMixin):
         ids, modality, role, segment, turn, position = torch.from_numpy(table)
         tokens = TokenMap(modality, role, segment, turn, torch.where(turn >= 0, 0, -1), position)
         batch: Batch = {"input_ids": ids, "tokens": tokens}
-        images = [image for sample in samples for image in sample.images]
+        images = [_checked(image, sample.key) for sample in samples for image in sample.images]
         if images:
-            batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = _pixel_values(self.image_processor, images)
         if supervised:
             batch["labels"] = torch.where(tokens.is_answer, ids, IGNORED_LABEL)
         return batch
+
+
+def _checked(image: Any, key: str) -> Any:
+    # Image processors also take names of files and addresses; a sample must not make a training job fetch those.
+    if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
+        raise TypeError(f"{key}: an image must be a PIL image, an array or a tensor, got {type(image).__name__}")
+    return image
+
+
+def _pixel_values(processor: BaseImageProcessor, images: Sequence[Any]) -> Tensor:
+    """`[N, 3, H, W]` float32: exactly what the processor makes of the images, faster where they share a size.
+
+    Hugging Face's processors treat images one by one on the CPU, which for small images costs more than the pixels do.
+    """
+    if not (isinstance(processor, SiglipImageProcessor) and _only_resizes_and_normalizes(processor)):
+        three = [np.stack([x] * 3, axis=-1) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in images]
+        pixels: Tensor = processor(three, return_tensors="pt")["pixel_values"]
+        return pixels
+    arrays = [_array(processor, image) for image in images]
+    groups: dict[tuple[tuple[int, ...], np.dtype[Any]], list[int]] = {}
+    for index, array in enumerate(arrays):
+        groups.setdefault((array.shape, array.dtype), []).append(index)
+    parts = [_normalized(processor, np.stack([arrays[index] for index in members])) for members in groups.values()]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([index for members in groups.values() for index in members])
+    return torch.cat(parts)[order.argsort()]
+
+
+def _only_resizes_and_normalizes(processor: SiglipImageProcessor) -> bool:
+    """Whether its steps are those of `_normalized`; a subclass may have others."""
+    wanted = processor.do_convert_rgb and processor.do_resize and processor.do_rescale and processor.do_normalize
+    more = getattr(processor, "do_center_crop", None) or getattr(processor, "do_pad", None)
+    return type(processor) is SiglipImageProcessor and bool(wanted) and not more
+
+
+def _array(processor: SiglipImageProcessor, image: Any) -> NDArray[Any]:
+    """`[H, W]` for grey images, `[H, W, 3]` for all others."""
+    if isinstance(image, Image.Image) and image.mode == "RGB":
+        return np.asarray(image)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
+        return image
+    array: NDArray[Any] = processor.process_image(image, do_convert_rgb=True).permute(1, 2, 0).numpy()
+    return array
+
+
+def _normalized(processor: SiglipImageProcessor, stack: NDArray[Any]) -> Tensor:
+    """`[n, h, w]` or `[n, h, w, 3]` to `[n, 3, H, W]`, by the processor's own steps."""
+    pixels = torch.from_numpy(stack)
+    pixels = pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    pixels = processor.resize(pixels, processor.size, processor.resample)
+    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    normalized: Tensor = processor.rescale_and_normalize(pixels, True, processor.rescale_factor, True, mean, std)
+    return normalized

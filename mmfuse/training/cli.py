@@ -30,7 +30,7 @@ from mmfuse.training.checkpoints import (
 from mmfuse.training.data import MultimodalData
 from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
-from mmfuse.training.reporting import RunReport, export_model
+from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
 from mmfuse.training.stages import Schedule, Stage
 from mmfuse.training.strict import explain_mistake
@@ -157,6 +157,8 @@ class MultimodalCLI(LightningCLI):
             export_model(self.out, self.model)
         if self.datamodule.held_out["test"] is not None:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        elif self.trainer.is_global_zero:
+            write_run_results(self.out, self.trainer, self.model)
 
     def _finished(self) -> bool:
         """Whether all steps were made; an interrupted fit is for resuming and not for evaluation."""

@@ -17,7 +17,18 @@ from mmfuse.training.module import MultimodalModule
 FOLDER = "plots"
 
 
-def draw_pictures(
+def training_pictures(folder: Path, module: MultimodalModule) -> list[Picture]:
+    """Write the curves of a run into `folder/plots`; none for a run that logged no step."""
+    metrics, path = folder / "metrics.csv", folder / FOLDER / "losses.png"
+    if not metrics.exists():
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    plot_losses(metrics, path, stages=module.schedule.starts_by_name())
+    caption = "Loss on answer tokens, exact match on validation questions under teacher forcing, learning rates."
+    return [Picture("Training", caption, path)]
+
+
+def answer_pictures(
     folder: Path,
     module: MultimodalModule,
     source: Source,
@@ -25,7 +36,7 @@ def draw_pictures(
     blind: Sequence[Prediction],
     scores: Mapping[str, Any],
 ) -> list[Picture]:
-    """Write the pictures of a tested run into `folder/plots`.
+    """Write the pictures of held-out answers into `folder/plots`.
 
     Args:
         folder: the run folder.
@@ -39,11 +50,6 @@ def draw_pictures(
     plots.mkdir(parents=True, exist_ok=True)
     fusion = type(module.network.fusion).__name__
     pictures = []
-    metrics = folder / "metrics.csv"
-    if metrics.exists():
-        plot_losses(metrics, plots / "losses.png", stages=module.schedule.starts_by_name())
-        caption = "Loss on answer tokens, exact match on validation questions under teacher forcing, learning rates."
-        pictures.append(Picture("Training", caption, plots / "losses.png"))
     plot_families(scores, plots / "families.png")
     caption = "Exact match with its 95 % interval, the same model without the image, and the most frequent answer."
     pictures.append(Picture("Scores by question family", caption, plots / "families.png"))

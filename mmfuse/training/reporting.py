@@ -23,9 +23,12 @@ from mmfuse.eval.scores import score
 from mmfuse.training.callbacks import StepMetrics
 from mmfuse.training.data import MultimodalData
 from mmfuse.training.module import MultimodalModule
-from mmfuse.training.pictures import draw_pictures
+from mmfuse.training.pictures import answer_pictures, training_pictures
 
 RESULTS, PREDICTIONS, MODEL = "results.json", "predictions.jsonl", "model"
+
+#: What only a fit measures, and a later `test` of the same run keeps.
+TRAINING_RESULTS = ("tokens_per_second", "steps", "val_loss", "val_exact_match")
 
 
 class RunReport(Callback):
@@ -94,17 +97,19 @@ def write_run_results(
     folder: Path,
     trainer: Trainer,
     module: MultimodalModule,
-    seen: Sequence[Prediction],
-    blind: Sequence[Prediction],
+    seen: Sequence[Prediction] = (),
+    blind: Sequence[Prediction] = (),
 ) -> None:
-    """Pictures, `results.json` and `report.html`.
+    """Pictures, `results.json` and `report.html`; without held-out answers, of what training measured alone.
 
     A `test` of a finished run replaces the scores and keeps what training measured.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, MultimodalData)
-    scores = score(seen, blind)
-    pictures = draw_pictures(folder, module, data.sources["test"], seen, blind, scores)
+    scores = score(seen, blind) if seen else {}
+    pictures = training_pictures(folder, module)
+    if seen:
+        pictures += answer_pictures(folder, module, data.sources["test"], seen, blind, scores)
     results = {**_measured_in_training(folder), **scores, **describe_run(trainer, module, data)}
     results["seconds"] = round(time.monotonic() - mmfuse.STARTED, 1)
     write_results(folder / RESULTS, **results)
@@ -116,7 +121,7 @@ def write_run_results(
         config_text=config.read_text(encoding="utf-8") if config.exists() else "",
         pictures=pictures,
         predictions=seen,
-        blind=blind,
+        blind=blind or None,
     )
 
 
@@ -126,8 +131,14 @@ def describe_run(trainer: Trainer, module: MultimodalModule, data: MultimodalDat
     trained = [callback for callback in trainer.callbacks if isinstance(callback, StepMetrics)]  # type: ignore[attr-defined]
     speeds = [callback.tokens_per_second for callback in trained if callback.total_tokens]
     network = module.network
+    validated = {
+        name.replace("/", "_"): float(trainer.callback_metrics[name])
+        for name in ("val/loss", "val/exact_match")
+        if name in trainer.callback_metrics
+    }
     return {
         **({"tokens_per_second": round(speeds[0], 1), "steps": trainer.global_step} if speeds else {}),
+        **validated,
         "fusion": fusion_name(network.config.fusion),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "trainable_parameters": sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -147,7 +158,7 @@ def _measured_in_training(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     old = json.loads(path.read_text(encoding="utf-8"))
-    return {name: old[name] for name in ("tokens_per_second", "steps") if name in old}
+    return {name: old[name] for name in TRAINING_RESULTS if name in old}
 
 
 def export_model(folder: Path, module: MultimodalModule) -> Path:
