@@ -58,20 +58,28 @@ def decoder_config(spec: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConf
     """A decoder config from itself or from a dict with `model_type`.
 
     Raises:
-        ConfigError: a family that the loop is not tested with, or a key that its config does not have (Hugging Face
-            configs take any key in silence).
+        ConfigError: a family that the loop is not tested with, a setting that it does not compute, or a key that the
+            family's config does not have (Hugging Face configs take any key in silence).
     """
     if isinstance(spec, PreTrainedConfig):
         if spec.model_type not in DECODER_FAMILIES:
             raise ConfigError(unknown("decoder family", spec.model_type, DECODER_FAMILIES))
-        return spec
+        return _computable(spec)
     settings = dict(spec)
     family = settings.pop("model_type", None)
     if family not in DECODER_FAMILIES:
         raise ConfigError(unknown("decoder family (model_type)", family, DECODER_FAMILIES))
     config_class = CONFIG_MAPPING[family]
     check_keys(f"decoder {family!r}", settings, known_keys(config_class))
-    return config_class(**settings)
+    return _computable(config_class(**settings))
+
+
+def _computable(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Refuse what the decoder's own model would read from its config and our loop would not."""
+    for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
+        if getattr(config, name, None):
+            raise ConfigError(f"decoder {config.model_type!r}: {name} is set, which mmfuse does not compute")
+    return config
 
 
 def known_keys(config_class: type[PreTrainedConfig]) -> list[str]:

@@ -223,7 +223,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         return total / count.clamp(min=1), count
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return self.decoder.lm_head(hidden)
+        logits = self.decoder.lm_head(hidden)
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     # Generation
 

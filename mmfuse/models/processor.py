@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
+from transformers.image_utils import SizeDict
 
 from mmfuse.errors import check_keys
 from mmfuse.fusion import IGNORED_LABEL
@@ -137,7 +138,7 @@ def _pixel_values(processor: BaseImageProcessor, images: Sequence[Any]) -> Tenso
 
     Hugging Face's processors treat images one by one on the CPU, which for small images costs more than the pixels do.
     """
-    if not (isinstance(processor, SiglipImageProcessor) and _only_resizes_and_normalizes(processor)):
+    if not _only_resizes_and_normalizes(processor):
         three = [np.stack([x] * 3, axis=-1) if isinstance(x, np.ndarray) and x.ndim == 2 else x for x in images]
         pixels: Tensor = processor(three, return_tensors="pt")["pixel_values"]
         return pixels
@@ -152,16 +153,19 @@ def _pixel_values(processor: BaseImageProcessor, images: Sequence[Any]) -> Tenso
     return torch.cat(parts)[order.argsort()]
 
 
-def _only_resizes_and_normalizes(processor: SiglipImageProcessor) -> bool:
+def _only_resizes_and_normalizes(processor: BaseImageProcessor) -> TypeGuard[SiglipImageProcessor]:
     """Whether its steps are those of `_normalized`; a subclass may have others."""
-    wanted = processor.do_convert_rgb and processor.do_resize and processor.do_rescale and processor.do_normalize
-    more = getattr(processor, "do_center_crop", None) or getattr(processor, "do_pad", None)
-    return type(processor) is SiglipImageProcessor and bool(wanted) and not more
+    if type(processor) is not SiglipImageProcessor:
+        return False
+    steps = [processor.do_convert_rgb, processor.do_resize, processor.do_rescale, processor.do_normalize]
+    one_size = isinstance(processor.size, SizeDict) and processor.size.height and processor.size.width
+    more = (getattr(processor, name, None) for name in ("do_center_crop", "do_pad"))
+    return all(steps) and bool(one_size) and not any(more)
 
 
 def _array(processor: SiglipImageProcessor, image: Any) -> NDArray[Any]:
     """`[H, W]` for grey images, `[H, W, 3]` for all others."""
-    if isinstance(image, Image.Image) and image.mode == "RGB":
+    if isinstance(image, Image.Image) and image.mode in ("RGB", "L") and image.info.get("transparency") is None:
         return np.asarray(image)
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] in ((), (3,)):
         return image
@@ -173,7 +177,9 @@ def _normalized(processor: SiglipImageProcessor, stack: NDArray[Any]) -> Tensor:
     """`[n, h, w]` or `[n, h, w, 3]` to `[n, 3, H, W]`, by the processor's own steps."""
     pixels = torch.from_numpy(stack)
     pixels = pixels[:, None].repeat(1, 3, 1, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    pixels = processor.resize(pixels, processor.size, processor.resample)
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+    pixels = processor.resize(pixels, cast(SizeDict, processor.size), processor.resample)
+    # The processor remembers what it computed from them, which takes tuples (its annotations say lists).
+    mean: Any = tuple(processor.image_mean)
+    std: Any = tuple(processor.image_std)
     normalized: Tensor = processor.rescale_and_normalize(pixels, True, processor.rescale_factor, True, mean, std)
     return normalized

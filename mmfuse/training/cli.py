@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from transformers.utils.logging import disable_progress_bar
 
 from mmfuse.errors import ConfigError
 from mmfuse.eval.results import write_text_atomically
@@ -33,7 +33,7 @@ from mmfuse.training.module import MultimodalModule
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
 from mmfuse.training.stages import Schedule, Stage
-from mmfuse.training.strict import explain_mistake
+from mmfuse.training.strict import explain_mistake, unknown_flag
 
 # What a run's config file leaves out: they belong to one call and not to the run.
 _PER_CALL = ("config", "ckpt_path", "verbose", "return_predictions")
@@ -208,13 +208,15 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
         ConfigError: see `main`.
     """
     _quieten()
-    # LightningCLI warns whenever it is given words that are also those of the process.
-    sys.argv = sys.argv[:1]
+    command, words = (argv[0], argv[1:]) if run else ("", argv)
+    schema = config_schema(command)
+    mistake = unknown_flag(schema, words)
+    if mistake:
+        raise ConfigError(mistake)
     try:
         return MultimodalCLI(argv, run=run)
     except ArgumentError as error:
-        command, words = (argv[0], argv[1:]) if run else ("", argv)
-        raise ConfigError(explain_mistake(str(error), config_schema(command), words)) from error
+        raise ConfigError(explain_mistake(str(error), schema, words)) from error
 
 
 def config_schema(command: str) -> dict[str, Any]:
@@ -239,6 +241,9 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
+    # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
+    warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     # Lightning's own use of a name that torch renamed.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    disable_progress_bar()
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

@@ -33,7 +33,7 @@ class MetricsCSV(Logger):
         self._columns: list[str] = ["step"]
         self._last: dict[str, Any] = {}
         self._offset = 0  # where the last row begins
-        if self.path.exists():
+        if rank_zero_only.rank == 0 and self.path.exists():
             self._write_all(read_rows(self.path))
 
     @property

@@ -41,28 +41,61 @@ def explain_mistake(message: str, schema: Schema, words: Sequence[str]) -> str:
         found = _unknown_in(settings, schema, "")
         if found:
             return f"{file}: {found}"
-    for word in words:
-        found = _unknown_flag(word, schema)
+    mistake = unknown_flag(schema, words)
+    if mistake:
+        return mistake
+    if not config_files(words):
+        return f"no --config is given (configs/aki.yaml is a start), and without one: {message}"
+    return message
+
+
+def unknown_flag(schema: Schema, words: Sequence[str]) -> str | None:
+    """The first flag of `words` that does not exist, in words; None if all do.
+
+    Asked before parsing, too: jsonargparse takes abbreviations for the arguments of a class, whatever it is told.
+    """
+    for flag, value in _flags(words):
+        found = _unknown_flag(flag, schema) or _unknown_class_in_flag(flag, value, schema)
         if found:
             return found
-    return message
+    return None
 
 
 def config_files(words: Sequence[str]) -> list[str]:
     """The values of `--config`."""
-    found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word in ("--config", "-c"):
-            found.append(following)
-        elif word.startswith("--config="):
-            found.append(word.removeprefix("--config="))
-    return found
+    return [value for flag, value in _flags(words) if flag in ("--config", "-c")]
+
+
+def _flags(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Flags with their values, written as `--flag value` or `--flag=value`."""
+    pairs = []
+    for number, word in enumerate(words):
+        if word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            pairs.append((flag, value if equals else "".join(words[number + 1 : number + 2])))
+    return pairs
+
+
+def _unknown_class_in_flag(flag: str, value: str, schema: Schema) -> str | None:
+    """A class that `--data NAME` or `--data.class_path NAME` does not find."""
+    key = flag.removeprefix("--").removesuffix(".class_path")
+    if key not in schema or value.startswith(("-", "{", ".")) or Path(value).exists():
+        return None
+    hint = schema[key]
+    if _is_scalar(hint) or find_class(value, hint) is not None:
+        return None
+    meant = _closest(value.rsplit(".", 1)[-1], class_names(hint))
+    return f"{flag}: unknown class {value!r}" + (f": did you mean {meant!r}?" if meant else "")
+
+
+def _is_scalar(hint: Any) -> bool:
+    return hint in (int, str, bool, float) or get_origin(hint) is not None or any(map(_is_group, _classes(hint)))
 
 
 def _unknown_flag(word: str, schema: Schema) -> str | None:
     if not word.startswith("--") or word == "--":
         return None
-    flag = word[2:].split("=")[0].removesuffix("+")
+    flag = word[2:].removesuffix("+").replace(".init_args.", ".")
     path: list[str] = []
     known = schema
     for name in flag.split("."):
@@ -74,11 +107,21 @@ def _unknown_flag(word: str, schema: Schema) -> str | None:
             better = ".".join(["--" + ".".join([*path, meant])]) if meant else None
             return f"unknown option --{flag}" + (f": did you mean {better}?" if better else f". Known: {_some(there)}")
         path.append(name)
-        inside = _keys_of(known[name], None)
+        inside = _keys_of(known[name], None) or _keys_of_subclasses(known[name])
         if inside is None:
             return None
         known = inside
     return None
+
+
+def _keys_of_subclasses(hint: Any) -> Schema | None:
+    """What may follow a key whose value is any subclass of the hint: its path, and the arguments of all of them."""
+    if _is_scalar(hint) or not _classes(hint):
+        return None
+    arguments: dict[str, Any] = {}
+    for cls in class_names(hint).values():
+        arguments |= _parameters(cls)
+    return {"class_path": str, "init_args": None, "help": str, **arguments}
 
 
 def _unknown_in(value: Any, schema: Schema, path: str) -> str | None:

@@ -109,7 +109,11 @@ def test_a_plan_may_be_gone_through_again() -> None:
 def test_the_order_is_fixed() -> None:
     """Checkpoints of older versions go on with the same samples: a change here breaks every run under way."""
     plan = BatchPlan(SIZES, STAGES[1:], 4, seed=5)
-    assert [[(one.source[0], one.index) for one in batch] for batch in islice(plan, 3)] == FIXED
+    assert [[(one.source[0], one.index) for one in batch] for batch in islice(plan, 3)] == [
+        [("i", 0), ("i", 5), ("i", 6), ("a", 4)],
+        [("i", 10), ("i", 13), ("t", 1), ("a", 5)],
+        [("i", 2), ("i", 16), ("a", 1), ("i", 1)],
+    ]
 
 
 def test_stage_of_names_the_stage() -> None:
@@ -118,7 +122,7 @@ def test_stage_of_names_the_stage() -> None:
     for batch in (-1, 18):
         with pytest.raises(IndexError, match=rf"batch {batch} of a plan with 18 batches"):
             plan.stage_of(batch)
-    assert {one.source for one in list(plan)[0] + list(plan)[4]} == {"align"}
+    assert {one.source for batch in list(plan)[:5] for one in batch} == {"align"}
     assert {one.source for batch in list(plan)[14:] for one in batch} == {"instruct"}  # a weight of 0 draws nothing
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mmfuse.data import Sample, encode_sample, open_source, split_answer
 from mmfuse.data.handwriting_shards import Handwriting, samples, write_shards
@@ -62,7 +63,10 @@ def test_a_document_without_text_is_encoded(encoder: ChatEncoder) -> None:
     [
         (chat(QUESTION, images=2), "a.tar:0: 1 <image> placeholders in the text but 2 images"),
         (document("a caption"), "a.tar:0: 0 <image> placeholders in the text but 1 images"),
-        (chat({"role": "asistant", "content": "x"}, images=0), "a.tar:0: unknown message role 'asistant': did you mean"),
+        (
+            chat({"role": "asistant", "content": "x"}, images=0),
+            "a.tar:0: unknown message role 'asistant': did you mean",
+        ),
         (chat({"role": "user"}, images=0), "a.tar:0: a message or content part lacks 'content'"),
         (chat({"role": "user", "content": [{"type": "video"}]}, images=0), "a.tar:0: unknown content part 'video'"),
     ],
@@ -84,12 +88,15 @@ def test_a_sample_has_either_messages_or_text(messages: tuple | None, text: str 
         Sample("k", (), messages, text, {})
 
 
-pieces = st.lists(st.sampled_from(["<image>", "Read all digits.", " ", "\n", "12", "<imag", "e>", "<", "é"]), max_size=12)
+pieces = st.lists(
+    st.sampled_from(["<image>", "Read all digits.", " ", "\n", "12", "<imag", "e>", "<", "é"]), max_size=12
+)
 
 
 @given(turns=st.lists(pieces, min_size=1, max_size=4), as_parts=st.booleans(), off=st.sampled_from([-1, 0, 1]))
-def test_placeholders_and_images_must_agree_in_number(turns: list[list[str]], as_parts: bool, off: int) -> None:
-    encoder = ChatEncoder(load_tokenizer_once(), ChatFormat(), VISUAL_TOKENS)
+def test_placeholders_and_images_must_agree_in_number(
+    encoder: ChatEncoder, turns: list[list[str]], as_parts: bool, off: int
+) -> None:
     count = "".join(f"{''.join(turn)}\0" for turn in turns).count("<image>")
     if as_parts:
         parts = [[{"type": "image"} if p == "<image>" else {"type": "text", "text": p} for p in turn] for turn in turns]
@@ -103,17 +110,10 @@ def test_placeholders_and_images_must_agree_in_number(turns: list[list[str]], as
         segments = encoded.table[2][encoded.table[0] == Modality.IMAGE]
         assert len(set(segments.tolist())) == count  # neighbours stay apart
     else:
-        with pytest.raises(ValueError, match=rf"{count} <image> placeholders in the text but {len(sample.images)} images"):
+        with pytest.raises(
+            ValueError, match=rf"{count} <image> placeholders in the text but {len(sample.images)} images"
+        ):
             encode_sample(sample, encoder)
-
-
-_TOKENIZER: list = []
-
-
-def load_tokenizer_once():  # noqa: ANN201
-    if not _TOKENIZER:
-        _TOKENIZER.append(load_tokenizer())
-    return _TOKENIZER[0]
 
 
 def test_split_answer_leaves_the_question() -> None:
@@ -135,7 +135,10 @@ def test_split_answer_joins_parts() -> None:
         (document("<image>x"), "a.tar:0: a document has no answer to split off"),
         (chat(ANSWER, QUESTION), "a.tar:0: the last message must be the assistant's, its role is 'user'"),
         (chat(), "a.tar:0: the last message must be the assistant's, its role is missing"),
-        (chat(QUESTION, {"role": "assistant", "content": [{"type": "image"}]}), "a.tar:0: the last answer holds <image>"),
+        (
+            chat(QUESTION, {"role": "assistant", "content": [{"type": "image"}]}),
+            "a.tar:0: the last answer holds <image>",
+        ),
     ],
 )
 def test_split_answer_names_what_has_none(sample: Sample, message: str) -> None:
@@ -166,8 +169,6 @@ def test_handwriting_is_read_as_it_was_made(part: str, tmp_path: Path, encoder: 
 
 def test_the_three_ways_to_write_a_sample_encode_alike(tmp_path: Path, encoder: ChatEncoder) -> None:
     png = io.BytesIO()
-    from PIL import Image
-
     Image.new("L", (8, 8), 7).save(png, "PNG")
     (tmp_path / "cat.png").write_bytes(png.getvalue())
     llava = {
@@ -182,11 +183,16 @@ def test_the_three_ways_to_write_a_sample_encode_alike(tmp_path: Path, encoder: 
     (tmp_path / "llava.json").write_text(json.dumps([llava]))
     (tmp_path / "chat.jsonl").write_text(json.dumps(messages) + "\n")
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for name, data in (("0.png", png.getvalue()), ("0.json", json.dumps({"messages": [QUESTION, ANSWER]}).encode())):
+        for name, data in (
+            ("0.png", png.getvalue()),
+            ("0.json", json.dumps({"messages": [QUESTION, ANSWER]}).encode()),
+        ):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    encoded = [encode_sample(open_source(tmp_path / name)[0], encoder) for name in ("llava.json", "chat.jsonl", "shard.tar")]
+    encoded = [
+        encode_sample(open_source(tmp_path / name)[0], encoder) for name in ("llava.json", "chat.jsonl", "shard.tar")
+    ]
     for other in encoded[1:]:
         np.testing.assert_array_equal(other.input_ids, encoded[0].input_ids)
         np.testing.assert_array_equal(other.table, encoded[0].table)

@@ -103,7 +103,7 @@ def expand_braces(pattern: str) -> list[str]:
         low, high = bounds.groups()
         if int(low) > int(high):
             raise ValueError(f"{pattern}: the range {found[0]} runs backwards")
-        width = max(len(low), len(high)) if "0" in (low[0], high[0]) else 0
+        width = max(len(low), len(high)) if any(end.startswith("0") and end != "0" for end in (low, high)) else 0
         options = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
     elif "," in found[1]:
         options = found[1].split(",")

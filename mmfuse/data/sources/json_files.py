@@ -101,6 +101,7 @@ def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:
     if in_list:
         at = _space(text, at + 1)
         done = text.startswith("]", at)
+        at = _space(text, at + 1) if done else at
     byte, seen = skipped, 0  # `byte` is where the character `seen` begins
     while not done and (in_list or at < len(text)):
         try:

@@ -68,7 +68,7 @@ def _utterance(raw: object, where: str) -> Message:
     """LLaVA: `{"from": "human", "value": "..."}`."""
     if not isinstance(raw, Mapping) or not isinstance(raw.get("value"), str) or "from" not in raw:
         raise ValueError(f"{where}: expected {{'from': 'human' | 'gpt' | 'system', 'value': text}}, got {_kind(raw)}")
-    if raw["from"] not in _SPEAKERS:
+    if raw["from"] not in tuple(_SPEAKERS):  # also of a value that cannot be hashed
         raise ValueError(f"{where}: {unknown('speaker', raw['from'], _SPEAKERS)}")
     return {"role": _SPEAKERS[raw["from"]], "content": raw["value"]}
 

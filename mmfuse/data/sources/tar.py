@@ -14,6 +14,7 @@ from mmfuse.data.sources.files import FilePool
 
 BLOCK: Final = 512
 _ZEROS: Final = bytes(BLOCK)
+_GZIP: Final = b"\x1f\x8b"
 _TAIL: Final = 1 << 20
 _FILES: Final = (b"0", b"\0", b"7")
 _FOLDER, _PAX, _PAX_GLOBAL, _GNU_NAME = b"5", b"x", b"g", b"L"
@@ -39,6 +40,8 @@ def members(pool: FilePool, number: int) -> Iterator[Member]:
     long_size: int | None = None
     while True:
         header = pool.read(number, at, BLOCK)
+        if at == 0 and header.startswith(_GZIP):
+            raise ValueError(f"{path} is compressed with gzip; samples are read at random, which needs a plain .tar")
         if len(header) < BLOCK:
             raise ValueError(f"{path} is truncated: it ends at byte {end} without the end marker of a tar file")
         if header == _ZEROS:
@@ -48,6 +51,8 @@ def members(pool: FilePool, number: int) -> Iterator[Member]:
             size = long_size
         begin = at + BLOCK
         at = begin + -(-size // BLOCK) * BLOCK
+        if size < 0:
+            raise ValueError(f"{path} is damaged: a member has {size} bytes")
         if at > end:
             what = f"member {long_name or name!r} needs {begin + size} bytes, the file has {end}"
             raise ValueError(f"{path} is truncated: {what}")
@@ -73,8 +78,6 @@ def _parsed(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:
     except ValueError:
         right = False
     if not right:
-        if at == 0 and header[:2] == b"\x1f\x8b":
-            raise ValueError(f"{path} is compressed with gzip; samples are read at random, which needs a plain .tar")
         raise ValueError(f"{path} is damaged or no tar file: no tar header at byte {at}")
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
