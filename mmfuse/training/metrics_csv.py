@@ -33,7 +33,7 @@ class MetricsCSV(Logger):
         self._columns: list[str] = ["step"]
         self._last: dict[str, Any] = {}
         self._offset = 0  # where the last row begins
-        if rank_zero_only.rank == 0 and self.path.exists():
+        if self.path.exists():
             self._write_all(read_rows(self.path))
 
     @property
@@ -80,6 +80,7 @@ class MetricsCSV(Logger):
             file.write(self._line(row))
         self._last = row
 
+    @rank_zero_only
     def _write_all(self, rows: list[dict[str, Any]]) -> None:
         """Write the file anew, in one step."""
         for row in rows:
