@@ -36,17 +36,19 @@ def ascii_mask(visibility: Visibility) -> str:
 
 def plot_mask(visibility: Visibility, path: str | PathLike[str], sample: int = 0) -> None:
     """Draw one sample's mask: a cell is coloured by the class of the key that the query sees."""
-    import matplotlib.pyplot as plt
     import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
     mask = visibility.dense()[sample].cpu().numpy()
     key_cls = visibility.keys.cls[sample].cpu().numpy()
-    colours = np.array([plt.get_cmap("tab10")(i)[:3] for i in range(len(visibility.names))])
+    colours = np.array([colormaps["tab10"](i)[:3] for i in range(len(visibility.names))])
     picture = np.ones((*mask.shape, 3)) * 0.96
     picture[mask] = np.broadcast_to(colours[key_cls], (*mask.shape, 3))[mask]
     size = min(12.0, 2.5 + 0.12 * max(mask.shape))
-    figure, axes = plt.subplots(figsize=(size + 1.6, size), layout="constrained")
+    figure = Figure(figsize=(size + 1.6, size), layout="constrained")
+    axes = figure.add_subplot()
     axes.imshow(picture, interpolation="nearest")
     small = max(mask.shape) <= _MAX_CELLS
     for axis, tokens in ((axes.xaxis, visibility.keys), (axes.yaxis, visibility.queries)):
@@ -57,4 +59,3 @@ def plot_mask(visibility: Visibility, path: str | PathLike[str], sample: int = 0
     handles = [Patch(color=tuple(colours[i]), label=name) for i, name in enumerate(visibility.names)]
     axes.legend(handles=handles, title="sees", loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
