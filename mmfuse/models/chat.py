@@ -57,7 +57,12 @@ class ChatFormat:
             "{{{{ '{}' if part['type'] == 'image' else part['text'] }}}}"
             "{{% endfor %}}{{% endif %}}{{{{ '{}' }}}}{{% endfor %}}"
             "{{% if add_generation_prompt %}}{{{{ '{}' }}}}{{% endif %}}"
-        ).format(*(text.replace("\n", "\\n") for text in texts))
+        ).format(*(_jinja_string(text) for text in texts))
+
+
+def _jinja_string(text: str) -> str:
+    """`text` as it stands between single quotes in a Jinja template."""
+    return text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mmfuse.training.module import MultimodalModule
@@ -98,15 +99,32 @@ def progress_items(trainer: Trainer) -> dict[str, str]:
         items["val"] = f"{float(trainer.callback_metrics['val/exact_match']):.1%}"
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StepMetrics):
-            items |= {f"{name} tok/s": f"{speed:,.0f}" for name, speed in callback.throughput().items()}
+            speeds = [f"{name} {_short(speed)}" for name, speed in callback.throughput().items()]
+            items["tok/s"] = " ".join(speeds)
     return items
 
 
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"
+
+
 class TerminalProgress(RichProgressBar):
-    """Lightning's rich bar with the stage's name and tokens a second by modality."""
+    """Lightning's rich bar, narrow enough that the stage and tokens a second by modality stand on the same line."""
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=4, leave=True)
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        return [
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+        ]
+
+    @property
+    def test_description(self) -> str:
+        return "Held-out questions"
 
     def _get_train_description(self, current_epoch: int) -> str:
         return "Training"

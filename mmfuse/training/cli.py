@@ -132,9 +132,11 @@ class MultimodalCLI(LightningCLI):
         )
 
     def _own_callbacks(self, options: Any) -> list[Callback]:
-        callbacks: list[Callback] = [StepMetrics(), ModelSummary(), RunReport(self.out)]
+        callbacks: list[Callback] = [StepMetrics(), ModelSummary()]
         if options.trainer.enable_progress_bar is not False:
             callbacks.append(progress_callback())
+        # Behind the bar, which ends before the report is printed.
+        callbacks.append(RunReport(self.out))
         if self.subcommand == "fit":
             callbacks += checkpoint_callbacks(self.out, options.checkpoint_every)
         return callbacks

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from rich.table import Table
 
 import mmfuse
 from mmfuse.eval.questions import Prediction
@@ -25,7 +27,7 @@ from mmfuse.training.data import MultimodalData
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.pictures import answer_pictures, training_pictures
 
-RESULTS, PREDICTIONS, MODEL = "results.json", "predictions.jsonl", "model"
+RESULTS, REPORT, PREDICTIONS, MODEL = "results.json", "report.html", "predictions.jsonl", "model"
 
 #: What only a fit measures, and a later `test` of the same run keeps.
 TRAINING_RESULTS = ("tokens_per_second", "steps", "val_loss", "val_exact_match")
@@ -64,7 +66,9 @@ class RunReport(Callback):
         if trainer.is_global_zero and seen:
             assert isinstance(pl_module, MultimodalModule)
             write_predictions(self.folder / PREDICTIONS, seen, blind)
-            write_run_results(self.folder, trainer, pl_module, seen, blind)
+            results = write_run_results(self.folder, trainer, pl_module, seen, blind)
+            Console().print(scores_table(results))
+            Console().print(f"report: {self.folder / REPORT}", highlight=False, soft_wrap=True)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         seen = gathered(trainer, self._seen)
@@ -99,8 +103,8 @@ def write_run_results(
     module: MultimodalModule,
     seen: Sequence[Prediction] = (),
     blind: Sequence[Prediction] = (),
-) -> None:
-    """Pictures, `results.json` and `report.html`; without held-out answers, of what training measured alone.
+) -> dict[str, Any]:
+    """Write pictures, `results.json` and `report.html`; without held-out answers, of what training measured alone.
 
     A `test` of a finished run replaces the scores and keeps what training measured.
     """
@@ -123,6 +127,21 @@ def write_run_results(
         predictions=seen,
         blind=blind or None,
     )
+    return results
+
+
+def scores_table(results: Mapping[str, Any]) -> Table:
+    """Exact match by family, beside the blind score and the majority answer."""
+    table = Table(title=f"held-out questions, fusion: {results['fusion']}", title_justify="left")
+    for name in ("family", "questions", "exact match", "blind", "majority"):
+        table.add_column(name, justify="left" if name == "family" else "right")
+    rows = {**results["by_family"], "all": results}
+    for family, own in rows.items():
+        if family == "all":
+            table.add_section()
+        accuracies = (own["exact_match"], own["blind_exact_match"], own["majority_exact_match"])
+        table.add_row(family, f"{own['n']:,}", *(f"{value:.1%}" for value in accuracies))
+    return table
 
 
 def describe_run(trainer: Trainer, module: MultimodalModule, data: MultimodalData) -> dict[str, Any]:
