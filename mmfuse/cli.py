@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mmfuse import __version__
-from mmfuse.errors import ConfigError, unknown
+from mmfuse.errors import ConfigError, DataError, RunError, unknown
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-USER_ERRORS = (ConfigError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+USER_ERRORS = (ConfigError, DataError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class Command(NamedTuple):
@@ -65,11 +65,11 @@ def help_text(commands: Mapping[str, Command]) -> str:
     )
 
 
-def fail(message: str) -> int:
-    """Print `message` as one line on stderr and return the exit code of a user's mistake."""
+def fail(message: str, code: int = EXIT_USER_ERROR) -> int:
+    """Print `message` as one line on stderr and return the exit code."""
     line = " ".join(part.strip() for part in message.splitlines() if part.strip())
     print(f"mmfuse: error: {line}", file=sys.stderr)
-    return EXIT_USER_ERROR
+    return code
 
 
 def describe(error: Exception) -> str:
@@ -80,17 +80,17 @@ def describe(error: Exception) -> str:
 
 
 def run(command: Command, argv: Sequence[str]) -> int:
-    """Import and run one command; turn a user's mistake into one line and exit code 2.
+    """Import and run one command; turn a user's mistake into one line and exit code 2, a run that failed into code 1.
 
     Any other exception is a bug, or a failure of the machine, and keeps its traceback.
     """
     try:
         function = getattr(importlib.import_module(command.module), command.function)
         return function(list(argv)) or EXIT_OK
-    except USER_ERRORS as error:
+    except (RunError, *USER_ERRORS) as error:
         if os.environ.get("MMFUSE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        return fail(describe(error))
+        return fail(describe(error), EXIT_FAILURE if isinstance(error, RunError) else EXIT_USER_ERROR)
     except KeyboardInterrupt:
         print("mmfuse: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -10,6 +10,14 @@ class ConfigError(ValueError):
     """A config asks for something that does not exist or cannot be combined."""
 
 
+class DataError(ValueError):
+    """A file or sample cannot be used; the message names it and what was expected."""
+
+
+class RunError(RuntimeError):
+    """A run cannot go on, and the program is not to blame; the message says why and what to do."""
+
+
 def unknown(kind: str, name: object, options: Iterable[str]) -> str:
     """Say that `name` is no known `kind`, what was probably meant, and what there is.
 

@@ -76,6 +76,7 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
         model.decoder = AutoModelForCausalLM.from_pretrained(pretrained, attn_implementation=ATTENTION)
     if len(tokenizer) > config.text_config.vocab_size:
         model.decoder.resize_token_embeddings(len(tokenizer))
+        config.text_config.vocab_size = len(tokenizer)
     _set_generation_tokens(model, tokenizer)
     return model, processor_for(model, tokenizer, spec.chat_format)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from mmfuse.errors import ConfigError
 
 FOLDER = "checkpoints"
 
@@ -33,9 +36,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        # Checkpoints of mmfuse hold tensors and plain values; another kind may run code when it is read.
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
-        return loaded
+        return read_checkpoint(path, map_location=map_location)
+
+
+def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
+    """`torch.load` of tensors and plain values, which is all that checkpoints of mmfuse hold: others may run code.
+
+    Raises:
+        ConfigError: the file holds something else, or is damaged.
+    """
+    try:
+        loaded: dict[str, Any] = torch.load(path, weights_only=True, **options)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{path}: this is no checkpoint of tensors and plain values, or it is damaged") from error
+    return loaded
 
 
 def checkpoint_callbacks(run: Path, every_n_steps: int) -> list[ModelCheckpoint]:
@@ -66,4 +80,4 @@ def resolve_checkpoint(name: str | None, run: Path) -> Path | None:
 
 def load_network_weights(path: Path, module: torch.nn.Module) -> None:
     """Load the weights of a Lightning checkpoint into a `MultimodalModule`."""
-    module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    module.load_state_dict(read_checkpoint(path, map_location="cpu")["state_dict"])

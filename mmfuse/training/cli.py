@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch import Callback, Trainer
@@ -25,6 +24,7 @@ from mmfuse.training.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_callbacks,
     load_network_weights,
+    read_checkpoint,
     resolve_checkpoint,
 )
 from mmfuse.training.data import MultimodalData
@@ -187,7 +187,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _step_of(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return int(read_checkpoint(checkpoint, map_location="cpu", mmap=True)["global_step"])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
-from mmfuse.errors import ConfigError
+from mmfuse.errors import ConfigError, RunError
 from mmfuse.eval.questions import Prediction, answer_questions
 from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
 from mmfuse.models import NetworkSpec, build_network
@@ -27,7 +27,7 @@ from mmfuse.training.stages import Schedule, Stage
 MODALITIES = tuple(modality.name.lower() for modality in Modality)
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(RunError):
     """The loss became NaN or infinite. Raised before the optimizer steps, so no checkpoint holds the broken weights."""
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmfuse.training.checkpoints import AtomicCheckpointIO, resolve_checkpoint
+from mmfuse.errors import ConfigError
+from mmfuse.training.checkpoints import AtomicCheckpointIO, read_checkpoint, resolve_checkpoint
 
 
 class Stranger:
@@ -38,8 +39,20 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
 def test_checkpoint_that_holds_other_objects_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "stranger.ckpt"
     torch.save({"state_dict": Stranger()}, path)
-    with pytest.raises(pickle.UnpicklingError, match="Stranger"):
+    with pytest.raises(
+        ConfigError, match=r"stranger\.ckpt: this is no checkpoint of tensors and plain values"
+    ) as raised:
         AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert isinstance(raised.value.__cause__, pickle.UnpicklingError)
+
+
+@pytest.mark.parametrize("keep", [0, 10, -200])
+def test_damaged_checkpoint_names_the_file(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cut.ckpt"
+    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ConfigError, match=r"cut\.ckpt: .* or it is damaged"):
+        read_checkpoint(path, map_location="cpu")
 
 
 def test_write_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:

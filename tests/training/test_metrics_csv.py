@@ -103,7 +103,10 @@ def test_other_ranks_leave_the_file_alone(tmp_path: Path, monkeypatch: pytest.Mo
 # One session: the step of the checkpoint that it starts from, as a share of what was done, how many steps it makes,
 # whether the kill leaves half a line, and what is logged at each step beside the first column.
 session = st.tuples(
-    st.floats(0, 1), st.integers(0, 6), st.booleans(), st.lists(st.sets(st.sampled_from(NAMES[1:])), min_size=6, max_size=6)
+    st.floats(0, 1),
+    st.integers(0, 6),
+    st.booleans(),
+    st.lists(st.sets(st.sampled_from(NAMES[1:])), min_size=6, max_size=6),
 )
 
 

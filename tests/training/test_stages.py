@@ -79,7 +79,9 @@ def test_steps_belong_to_stages_up_to_their_boundaries() -> None:
 
 
 def test_each_stage_warms_up_anew() -> None:
-    schedule = Schedule([stage(name="a", steps=4, final_lr=0.0), stage(name="b", steps=4, warmup=1, lr={"decoder": 2.0})])
+    schedule = Schedule(
+        [stage(name="a", steps=4, final_lr=0.0), stage(name="b", steps=4, warmup=1, lr={"decoder": 2.0})]
+    )
     rates = [schedule.learning_rate("decoder", step) for step in (0, 3, 4, 5)]
     assert rates == pytest.approx([1.0, 0.14644660940672627, 1.0, 2.0])
 
