@@ -65,6 +65,9 @@ def visible_attention(
         raise NotImplementedError(
             f"{type(module).__name__} asks attention for {', '.join(sorted(refused))}, which mmfuse does not compute"
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave q and k in float32, and v comes from a Linear in the lower precision.
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     visibility = attention_mask.view(window=sliding_window, keys=key.shape[2])
     if record is not None:
         record(module.layer_idx, attention_weights(query, key, visibility, scale=scaling))  # type: ignore[arg-type]

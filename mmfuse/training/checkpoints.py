@@ -47,7 +47,9 @@ def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     """
     try:
         loaded: dict[str, Any] = torch.load(path, weights_only=True, **options)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ConfigError(f"{path}: this is no checkpoint of tensors and plain values, or it is damaged") from error
     return loaded
 

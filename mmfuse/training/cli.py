@@ -84,6 +84,9 @@ class MultimodalCLI(LightningCLI):
         parser.link_arguments("stages", "data.init_args.stages")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: LightningCLI would take settings out of the checkpoint, and ours are those of the config."""
+
     # Before anything is built
 
     def before_instantiate_classes(self) -> None:

@@ -51,6 +51,12 @@ def test_photographs_stand_upright() -> None:
     assert decode_image(image_bytes("RGB", (4, 2), "JPEG", 0, exif=exif), "x").size == (2, 4)
 
 
+def test_of_a_photograph_with_a_thumbnail_the_photograph_is_read() -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "MPO", save_all=True, append_images=[Image.new("RGB", (2, 2))])
+    assert decode_image(file.getvalue(), "x").size == (8, 8)
+
+
 def test_images_that_would_lose_something_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     frames = [Image.new("L", (4, 4), color) for color in (0, 9)]
     file = io.BytesIO()

@@ -110,7 +110,7 @@ def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:
             raise ValueError(
                 f"{path}, line {error.lineno}: unreadable JSON: {error.msg} (column {error.colno})"
             ) from error
-        begin = byte + len(text[seen:at].encode())
+        begin = byte + at - seen  # between records stand commas and white space, a byte each
         byte, seen = begin + len(text[at:end].encode()), end
         yield begin, byte, value
         at = _space(text, end)

@@ -1,0 +1,44 @@
+"""Mixed precision: attention runs in the lower precision, and results stay close to float32."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmfuse.fusion import FUSIONS
+from mmfuse.testing import FAMILIES, tiny_batch, tiny_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_autocast_is_close_to_float32(family: str) -> None:
+    model = tiny_model("mma", family)
+    batch = tiny_batch(model)
+    exact = model(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = model(**batch)
+    assert rounded.loss.dtype == torch.float32
+    assert torch.isfinite(rounded.loss)
+    scale = exact.logits.abs().max()
+    assert float((rounded.logits.float() - exact.logits).abs().max() / scale) < 0.1
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_gradients_under_autocast(fusion: str) -> None:
+    model = tiny_model(fusion).train()
+    batch = tiny_batch(model)
+    model(**batch).loss.backward()
+    exact = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        difference = (parameter.grad - exact[name]).norm() / exact[name].norm().clamp(min=1e-6)
+        assert float(difference) < 0.25, name
+
+
+def test_a_bfloat16_model_runs() -> None:
+    model = tiny_model("mma").to(torch.bfloat16)
+    output = model(**tiny_batch(model))
+    assert output.logits.dtype == torch.bfloat16
+    assert torch.isfinite(output.loss)
