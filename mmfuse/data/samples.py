@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmfuse.errors import DataError
 from mmfuse.models.chat import IMAGE_TOKEN, ChatEncoder, EncodedSample, Message, content_text
 
 
@@ -21,7 +22,7 @@ class Sample:
         info: every other field of the record.
 
     Raises:
-        ValueError: both or neither of `messages` and `text`.
+        DataError: both or neither of `messages` and `text`.
     """
 
     key: str
@@ -32,7 +33,7 @@ class Sample:
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.text is None):
-            raise ValueError(f"{self.key}: a sample has either messages or a text")
+            raise DataError(f"{self.key}: a sample has either messages or a text")
 
 
 def encode_sample(sample: Sample, encoder: ChatEncoder, *, generation: bool = False) -> EncodedSample:
@@ -44,20 +45,19 @@ def encode_sample(sample: Sample, encoder: ChatEncoder, *, generation: bool = Fa
         generation: end with the header of an answer that is still to come; for messages only.
 
     Raises:
-        ValueError: naming the sample: as many placeholders as images are needed, roles must be known.
+        DataError: naming the sample: as many placeholders as images are needed, roles must be known.
     """
     try:
         if sample.messages is not None:
             return encoder.encode_messages(sample.messages, sample.images, generation=generation, key=sample.key)
         if generation:
-            raise ValueError("generation needs messages; this sample is a document")
+            raise DataError("generation needs messages; this sample is a document")
         return encoder.encode_document(sample.text or "", sample.images, key=sample.key)
     except KeyError as error:
-        raise ValueError(f"{sample.key}: a message or content part lacks {error}") from error
+        raise DataError(f"{sample.key}: a message or content part lacks {error}") from error
     except ValueError as error:
-        if str(error).startswith(sample.key):
-            raise
-        raise ValueError(f"{sample.key}: {error}") from error
+        message = str(error)
+        raise DataError(message if message.startswith(sample.key) else f"{sample.key}: {message}") from error
 
 
 def split_answer(sample: Sample) -> tuple[Sample, str]:
@@ -67,14 +67,14 @@ def split_answer(sample: Sample) -> tuple[Sample, str]:
         The sample without its last message, and the text of that message.
 
     Raises:
-        ValueError: the sample is a document, its last message is no assistant's, or that message holds images.
+        DataError: the sample is a document, its last message is no assistant's, or that message holds images.
     """
     if sample.messages is None:
-        raise ValueError(f"{sample.key}: a document has no answer to split off; evaluation needs messages")
+        raise DataError(f"{sample.key}: a document has no answer to split off; evaluation needs messages")
     if not sample.messages or sample.messages[-1]["role"] != "assistant":
         last = repr(sample.messages[-1]["role"]) if sample.messages else "missing"
-        raise ValueError(f"{sample.key}: the last message must be the assistant's, its role is {last}")
+        raise DataError(f"{sample.key}: the last message must be the assistant's, its role is {last}")
     answer = content_text(sample.messages[-1]["content"], sample.key)
     if IMAGE_TOKEN in answer:
-        raise ValueError(f"{sample.key}: the last answer holds {IMAGE_TOKEN}; answers are compared as text")
+        raise DataError(f"{sample.key}: the last answer holds {IMAGE_TOKEN}; answers are compared as text")
     return replace(sample, messages=sample.messages[:-1]), answer

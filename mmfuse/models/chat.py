@@ -95,11 +95,16 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, visual_tokens: int) -> None:
+        self.tokenizer = tokenizer
         self.format = chat_format
         self.visual_tokens = visual_tokens
         self.image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
         # The same headers and questions come again and again; tokenising them once makes encoding cheap.
         self._ids = lru_cache(maxsize=1 << 16)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The cache stays behind: a worker process that is spawned gets a new one.
+        return ChatEncoder, (self.tokenizer, self.format, self.visual_tokens)
 
     def encode_messages(
         self, messages: Sequence[Message], images: Sequence[Any] = (), *, generation: bool = False, key: str = "sample"

@@ -98,14 +98,15 @@ class MultimodalCLI(LightningCLI):
         # jsonargparse keeps a dataclass as its path and its arguments until it is instantiated.
         stages = [Stage(**stage.init_args.as_dict()) for stage in options.stages or []]
         steps = Schedule(stages).steps
-        if options.trainer.max_steps == -1:
-            options.trainer.max_steps = steps
         self.checkpoint: Path | None = None
         if self.subcommand:
             self.checkpoint = resolve_checkpoint(options.ckpt_path or self._usual_checkpoint(), self.out)
         if self.subcommand == "fit":
             claim_folder(self.out, resuming=self.checkpoint is not None)
             self._save_config()
+        # Not saved: the same config with other stages has another length.
+        if options.trainer.max_steps == -1:
+            options.trainer.max_steps = steps
 
     def _usual_checkpoint(self) -> str | None:
         """Only `fit` starts without a checkpoint."""
@@ -170,7 +171,14 @@ class MultimodalCLI(LightningCLI):
         return bool(self.trainer.global_step >= self.trainer.max_steps and not self.trainer.interrupted)
 
     def before_validate(self) -> None:
+        if self.datamodule.held_out["val"] is None:
+            raise ConfigError("data.val is not set: there is nothing to validate on")
         self._use_checkpoint()
+
+    @rank_zero_only
+    def after_validate(self) -> None:
+        for name in ("val/loss", "val/exact_match"):
+            print(f"{name} {float(self.trainer.callback_metrics[name]):.4f}")
 
     def before_test(self) -> None:
         self._use_checkpoint()

@@ -172,7 +172,9 @@ class MultimodalData(LightningDataModule):
         assert self.trainer is not None
         source = self.sources[name]
         own = range(self.trainer.global_rank, len(source), self.trainer.world_size)
-        return DataLoader(Subset(source, own), self.eval_batch_size, collate_fn=collate, num_workers=self.num_workers)  # type: ignore[arg-type]
+        shared = {"collate_fn": collate, "num_workers": self.num_workers}
+        # By keyword: Lightning makes the loader of `predict` anew.
+        return DataLoader(Subset(source, own), batch_size=self.eval_batch_size, **shared)  # type: ignore[arg-type]
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each opened source, for provenance."""

@@ -30,7 +30,7 @@ from mmfuse.training.pictures import answer_pictures, training_pictures
 RESULTS, REPORT, PREDICTIONS, MODEL = "results.json", "report.html", "predictions.jsonl", "model"
 
 #: What only a fit measures, and a later `test` of the same run keeps.
-TRAINING_RESULTS = ("tokens_per_second", "steps", "val_loss", "val_exact_match")
+TRAINING_RESULTS = ("tokens_per_second", "steps", "seconds", "data_hash", "val_loss", "val_exact_match")
 
 
 class RunReport(Callback):
@@ -114,8 +114,10 @@ def write_run_results(
     pictures = training_pictures(folder, module)
     if seen:
         pictures += answer_pictures(folder, module, data.sources["test"], seen, blind, scores)
-    results = {**_measured_in_training(folder), **scores, **describe_run(trainer, module, data)}
-    results["seconds"] = round(time.monotonic() - mmfuse.STARTED, 1)
+    seconds = round(time.monotonic() - mmfuse.STARTED, 1)
+    results = {**scores, **describe_run(trainer, module, data), "seconds": seconds}
+    if "steps" not in results:
+        results |= _measured_in_training(folder)
     write_results(folder / RESULTS, **results)
     config = folder / "config.yaml"
     write_report(

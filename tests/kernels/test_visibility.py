@@ -151,6 +151,13 @@ def test_packs_and_other_rules_are_not_causal() -> None:
     assert ModalityMutual().visibility(TokenMap.from_layout([("text", 2), ("answer", 2)])).is_causal()
 
 
+def test_padding_between_live_tokens_is_not_causal() -> None:
+    """As when a prompt that is padded on the right is continued."""
+    visibility = base_visibility(TokenMap.from_layout([("text", 2)]).pad(3).append(1))
+    assert not visibility.is_causal()
+    assert visibility.dense()[0, 3].tolist() == [True, True, False, True]
+
+
 def test_full_is_the_usual_decoding_step() -> None:
     whole = base_visibility(TokenMap.from_layout([("text", 3)]))
     assert whole.rows(2).is_full()

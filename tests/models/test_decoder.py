@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from mmfuse.fusion import Causal
+from mmfuse.fusion import FUSIONS, Causal
 from mmfuse.fusion.base import base_visibility
+from mmfuse.kernels import BACKENDS
 from mmfuse.models import MultimodalLM
 from mmfuse.models.decoder import run_decoder, supervised_rows, visible_attention
 from mmfuse.sequence import TokenMap
@@ -188,6 +189,24 @@ def test_a_stale_cache_is_refused() -> None:
     cache = model(ids[:, :9], tokens.columns(0, 9), batch["pixel_values"], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="sample 0: ModalityMutual lets cached tokens see the prompt tokens"):
         model(ids[:, 9:], tokens, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_prompt_padded_on_the_right_can_be_continued(fusion: str, backend: str) -> None:
+    model = tiny_model(fusion)
+    model.config.attention_backend = backend
+    batch = tiny_batch(model, [[("text", 2), ("image", 4), ("text", 5)], [("text", 3)]])
+    ids, tokens, pixels = batch["input_ids"], batch["tokens"], batch["pixel_values"]
+    answer = torch.randint(4, 64, (2, 3))
+    cache = model(ids, tokens, pixels, use_cache=True).past_key_values
+    cached = model(answer, tokens.append(3), past_key_values=cache).logits
+    whole = model(torch.cat([ids, answer], dim=1), tokens.append(3), pixels).logits[:, -3:]
+    short = torch.cat([ids[1:, :3], answer[1:]], dim=1)
+    alone = model(short, tokens.rows(1).columns(0, 3).append(3)).logits[0, -3:]
+    torch.testing.assert_close(cached, whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(cached[1], alone, rtol=0, atol=1e-5)
 
 
 # Where the loss is taken

@@ -18,8 +18,8 @@ def test_bf16_autocast_is_close_to_float32(family: str) -> None:
         rounded = model(**batch)
     assert rounded.loss.dtype == torch.float32
     assert torch.isfinite(rounded.loss)
-    scale = exact.logits.abs().max()
-    assert float((rounded.logits.float() - exact.logits).abs().max() / scale) < 0.1
+    difference = (rounded.logits.float() - exact.logits).detach().abs().max()
+    assert float(difference / exact.logits.detach().abs().max()) < 0.1
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
@@ -27,14 +27,15 @@ def test_gradients_under_autocast(fusion: str) -> None:
     model = tiny_model(fusion).train()
     batch = tiny_batch(model)
     model(**batch).loss.backward()
-    exact = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    exact = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(**batch).loss
     loss.backward()
-    for name, parameter in model.named_parameters():
-        difference = (parameter.grad - exact[name]).norm() / exact[name].norm().clamp(min=1e-6)
-        assert float(difference) < 0.25, name
+    rounded = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert torch.isfinite(rounded).all()
+    assert float(torch.cosine_similarity(exact, rounded, dim=0)) > 0.99
+    assert 0.9 < float(rounded.norm() / exact.norm()) < 1.1
 
 
 def test_a_bfloat16_model_runs() -> None:

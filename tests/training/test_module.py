@@ -238,7 +238,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(spec: NetworkSpec) -> N
         torch.manual_seed(0)
         module = Recording(spec, [stage()], gradient_checkpointing=checkpointing)
         calls: list[int] = []
-        module.network.decoder.model.layers[0].mlp.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        module.network.decoder.model.layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         fit(module, [SHORT + LONG])
         seen.append(module.seen)
         passes.append(len(calls))

@@ -14,6 +14,7 @@ from typing import Final, NamedTuple, Protocol
 from mmfuse.data.samples import Sample
 from mmfuse.data.sources.json_files import JSONSource
 from mmfuse.data.sources.shards import ShardSource
+from mmfuse.errors import DataError
 
 __all__ = ["JSONSource", "ShardSource", "Source", "expand_braces", "open_source"]
 
@@ -59,11 +60,11 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
 
     Raises:
         FileNotFoundError: naming what is missing: the file, one shard of a range, or one that the manifest lists.
-        ValueError: a URL, or data that cannot be used; see `ShardSource` and `JSONSource`.
+        DataError: a URL, or data that cannot be used; see `ShardSource` and `JSONSource`.
     """
     given = os.path.expanduser(os.fspath(path))
     if url := _URL.match(given):
-        raise ValueError(
+        raise DataError(
             f"{given}: {url[0]} is not supported: sources are local files, remote shards cannot be streamed yet; "
             "download them first"
         )
@@ -84,7 +85,7 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
         return _open_shards(place.name, [place], images)
     if place.suffix not in _JSON:
         hint = "; compressed shards cannot be read at random, unpack them to .tar" if ".tar" in place.name else ""
-        raise ValueError(f"{place}: unknown kind of data; expected .tar, .json or .jsonl{hint}")
+        raise DataError(f"{place}: unknown kind of data; expected .tar, .json or .jsonl{hint}")
     return JSONSource(place, None if images is None else Path(images).expanduser())
 
 
@@ -92,25 +93,23 @@ def expand_braces(pattern: str) -> list[str]:
     """Expand ranges `{0000..0003}`, which keep their leading zeros, and lists `{a,b}`.
 
     Raises:
-        ValueError: braces that are neither, or a range that runs backwards.
+        DataError: braces that are neither, or a range that runs backwards.
     """
     found = _BRACES.search(pattern)
     if found is None:
         if "{" in pattern or "}" in pattern:
-            raise ValueError(f"{pattern}: braces do not match")
+            raise DataError(f"{pattern}: braces do not match")
         return [pattern]
     if bounds := _RANGE.fullmatch(found[1]):
         low, high = bounds.groups()
         if int(low) > int(high):
-            raise ValueError(f"{pattern}: the range {found[0]} runs backwards")
+            raise DataError(f"{pattern}: the range {found[0]} runs backwards")
         width = max(len(low), len(high)) if any(end.startswith("0") and end != "0" for end in (low, high)) else 0
         options = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
     elif "," in found[1]:
         options = found[1].split(",")
     else:
-        raise ValueError(
-            f"{pattern}: expected a range such as {{0000..0003}} or a list such as {{a,b}}, got {found[0]}"
-        )
+        raise DataError(f"{pattern}: expected a range such as {{0000..0003}} or a list such as {{a,b}}, got {found[0]}")
     return [
         whole for one in options for whole in expand_braces(pattern[: found.start()] + one + pattern[found.end() :])
     ]
@@ -126,10 +125,10 @@ def _matches(pattern: str) -> list[Path]:
             raise FileNotFoundError(f"{pattern}: {missing} {one}")
         paths += map(Path, found)
     if len(set(paths)) != len(paths):
-        raise ValueError(f"{pattern}: names a shard twice")
+        raise DataError(f"{pattern}: names a shard twice")
     for path in paths:
         if path.suffix != ".tar":
-            raise ValueError(f"{pattern}: patterns name .tar shards, and {path} is none")
+            raise DataError(f"{pattern}: patterns name .tar shards, and {path} is none")
     return paths
 
 
@@ -137,7 +136,7 @@ def _only_json(folder: Path) -> Path:
     found = sorted(path for path in folder.iterdir() if path.suffix in _JSON)
     if len(found) != 1:
         names = f"several: {', '.join(path.name for path in found)}" if found else "none of them"
-        raise ValueError(f"{folder}: expected .tar shards or one .json or .jsonl file in this folder, found {names}")
+        raise DataError(f"{folder}: expected .tar shards or one .json or .jsonl file in this folder, found {names}")
     return found[0]
 
 
@@ -146,7 +145,7 @@ def _refuse_parts(folder: Path) -> None:
     parts = _manifest(folder)
     if len(parts) > 1:
         choices = ", ".join(str(folder / f"{part}-*.tar") for part in parts)
-        raise ValueError(f"{folder} holds several parts of one data set; name one of them: {choices}")
+        raise DataError(f"{folder} holds several parts of one data set; name one of them: {choices}")
 
 
 def _open_shards(
@@ -154,7 +153,7 @@ def _open_shards(
 ) -> ShardSource:
     """Open shards; those that `patterns` asked for and a manifest lists must be there."""
     if images is not None:
-        raise ValueError(f"{name}: shards hold their images; a folder of images is for JSON only")
+        raise DataError(f"{name}: shards hold their images; a folder of images is for JSON only")
     checksums: dict[Path, str] = {}
     for folder in sorted({path.parent for path in paths}):
         own = {path.name: path for path in paths if path.parent == folder}
@@ -166,7 +165,7 @@ def _open_shards(
             path = own[shard.name]
             checksums[path], size = shard.sha256, path.stat().st_size
             if size != shard.size:
-                raise ValueError(f"{path} has {size} bytes, its manifest says {shard.size}")
+                raise DataError(f"{path} has {size} bytes, its manifest says {shard.size}")
     return ShardSource(paths, checksums, name)
 
 
@@ -182,4 +181,4 @@ def _manifest(folder: Path) -> dict[str, list[_ListedShard]]:
     except (FileNotFoundError, KeyError, TypeError, AttributeError):
         return {}
     except ValueError as error:
-        raise ValueError(f"{path}: unreadable JSON: {error}") from error
+        raise DataError(f"{path}: unreadable JSON: {error}") from error

@@ -7,6 +7,8 @@ from typing import Final
 
 from PIL import Image, ImageOps
 
+from mmfuse.errors import DataError
+
 #: By file name ending; Pillow is asked for these formats and no other.
 FORMATS: Final = {
     "png": "PNG",
@@ -33,7 +35,7 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         where: names the image in messages.
 
     Raises:
-        ValueError: the bytes are damaged, or the image is animated, deeper than 8 bits, or larger than Pillow's limit
+        DataError: the bytes are damaged, or the image is animated, deeper than 8 bits, or larger than Pillow's limit
             against decompression bombs (`PIL.Image.MAX_IMAGE_PIXELS`), at which Pillow itself only warns.
     """
     try:
@@ -42,9 +44,9 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         if problem is None:
             image.load()
     except Exception as error:  # decoders meet damage with errors of many types
-        raise ValueError(f"{where}: cannot read this image: {error}") from error
+        raise DataError(f"{where}: cannot read this image: {error}") from error
     if problem is not None:
-        raise ValueError(f"{where}: {problem}")
+        raise DataError(f"{where}: {problem}")
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
     mode = "L" if image.mode in _GREY else "RGB"

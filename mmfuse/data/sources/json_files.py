@@ -17,6 +17,7 @@ from mmfuse.data.samples import Sample
 from mmfuse.data.sources.files import FilePool
 from mmfuse.data.sources.images import decode_image
 from mmfuse.data.sources.records import parse_record
+from mmfuse.errors import DataError
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
@@ -32,7 +33,7 @@ class JSONSource:
         images: folder to which names of images are relative; without it, the file's own folder.
 
     Raises:
-        ValueError: naming file and line where it is no JSON, or file and record that cannot be used.
+        DataError: naming file and line where it is no JSON, or file and record that cannot be used.
     """
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
@@ -47,7 +48,7 @@ class JSONSource:
                 self._image_path(image, where)
             spans.append((begin, end))
         if not spans:
-            raise ValueError(f"{path} holds no samples")
+            raise DataError(f"{path} holds no samples")
         self._spans = np.array(spans, dtype=np.int64)
         self._digest = hashlib.sha256(data).hexdigest()
 
@@ -79,10 +80,10 @@ class JSONSource:
     def _image_path(self, name: str, where: str) -> Path:
         """Data bring names from elsewhere: none may lead out of the folder of images."""
         if "://" in name or name.startswith("data:"):
-            raise ValueError(f"{where}: the image {name!r:.80} is a URL; images are read from files")
+            raise DataError(f"{where}: the image {name!r:.80} is a URL; images are read from files")
         path = Path(os.path.normpath(self._root / name))
         if not path.is_relative_to(self._root) or path == self._root:
-            raise ValueError(f"{where}: the image {name!r} lies outside of the folder of images {self._root}")
+            raise DataError(f"{where}: the image {name!r} lies outside of the folder of images {self._root}")
         return path
 
 
@@ -93,7 +94,7 @@ def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:
         text = data[skipped:].decode()
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason})") from error
     decoder = json.JSONDecoder()
     at = _space(text, 0)
     in_list = text.startswith("[", at)
@@ -107,7 +108,7 @@ def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:
         try:
             value, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise ValueError(
+            raise DataError(
                 f"{path}, line {error.lineno}: unreadable JSON: {error.msg} (column {error.colno})"
             ) from error
         begin = byte + at - seen  # between records stand commas and white space, a byte each
@@ -117,10 +118,10 @@ def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:
         if in_list:
             done = text.startswith("]", at)
             if not done and not text.startswith(",", at):
-                raise ValueError(f"{path}, line {_line(text, at)}: unreadable JSON: expected ',' or ']' after a record")
+                raise DataError(f"{path}, line {_line(text, at)}: unreadable JSON: expected ',' or ']' after a record")
             at = _space(text, at + 1)
     if in_list and at < len(text):
-        raise ValueError(f"{path}, line {_line(text, at)}: unreadable JSON: text after the end of the list")
+        raise DataError(f"{path}, line {_line(text, at)}: unreadable JSON: text after the end of the list")
 
 
 def _space(text: str, at: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mmfuse.errors import unknown
+from mmfuse.errors import DataError, unknown
 from mmfuse.models.chat import Message
 
 _SPEAKERS: Final = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -39,25 +39,25 @@ def parse_record(raw: object, where: str) -> Record:
         where: names the record in messages.
 
     Raises:
-        ValueError: naming the record, what it has and what was expected.
+        DataError: naming the record, what it has and what was expected.
     """
     if not isinstance(raw, Mapping):
-        raise ValueError(f"{where}: a record is an object with one of {', '.join(_BODIES)}, got {_kind(raw)}")
+        raise DataError(f"{where}: a record is an object with one of {', '.join(_BODIES)}, got {_kind(raw)}")
     bodies = [name for name in _BODIES if name in raw]
     if len(bodies) != 1:
         found = ", ".join(map(str, raw)) or "no keys"
-        raise ValueError(f"{where}: expected one of {', '.join(_BODIES)}; the record has {found}")
+        raise DataError(f"{where}: expected one of {', '.join(_BODIES)}; the record has {found}")
     for name in _UNREAD:
         if raw.get(name):
-            raise ValueError(f"{where}: the record has {name!r}, which is not read; samples hold text and images")
+            raise DataError(f"{where}: the record has {name!r}, which is not read; samples hold text and images")
     body = raw[bodies[0]]
     messages: tuple[Message, ...] | None = None
     if bodies[0] == "text":
         if not isinstance(body, str):
-            raise ValueError(f"{where}: 'text' must be a string, got {_kind(body)}")
+            raise DataError(f"{where}: 'text' must be a string, got {_kind(body)}")
     else:
         if not isinstance(body, list) or not body:
-            raise ValueError(f"{where}: {bodies[0]!r} must be a list with at least one message, got {_kind(body)}")
+            raise DataError(f"{where}: {bodies[0]!r} must be a list with at least one message, got {_kind(body)}")
         one = _message if bodies[0] == "messages" else _utterance
         messages = tuple(one(message, f"{where}: {bodies[0]}[{number}]") for number, message in enumerate(body))
     info = {name: value for name, value in raw.items() if name not in (*_BODIES, "image", "images")}
@@ -67,24 +67,24 @@ def parse_record(raw: object, where: str) -> Record:
 def _utterance(raw: object, where: str) -> Message:
     """LLaVA: `{"from": "human", "value": "..."}`."""
     if not isinstance(raw, Mapping) or not isinstance(raw.get("value"), str) or "from" not in raw:
-        raise ValueError(f"{where}: expected {{'from': 'human' | 'gpt' | 'system', 'value': text}}, got {_kind(raw)}")
+        raise DataError(f"{where}: expected {{'from': 'human' | 'gpt' | 'system', 'value': text}}, got {_kind(raw)}")
     if raw["from"] not in tuple(_SPEAKERS):  # also of a value that cannot be hashed
-        raise ValueError(f"{where}: {unknown('speaker', raw['from'], _SPEAKERS)}")
+        raise DataError(f"{where}: {unknown('speaker', raw['from'], _SPEAKERS)}")
     return {"role": _SPEAKERS[raw["from"]], "content": raw["value"]}
 
 
 def _message(raw: object, where: str) -> Message:
     if not isinstance(raw, Mapping) or "role" not in raw or not isinstance(raw.get("content"), (str, list)):
-        raise ValueError(f"{where}: expected {{'role': ..., 'content': text or parts}}, got {_kind(raw)}")
+        raise DataError(f"{where}: expected {{'role': ..., 'content': text or parts}}, got {_kind(raw)}")
     if raw["role"] not in _ROLES:
-        raise ValueError(f"{where}: {unknown('message role', raw['role'], _ROLES)}")
+        raise DataError(f"{where}: {unknown('message role', raw['role'], _ROLES)}")
     if isinstance(raw["content"], list):
         for part in raw["content"]:
             kind = part.get("type") if isinstance(part, Mapping) else part
             if kind not in ("text", "image"):
-                raise ValueError(f"{where}: {unknown('content part', kind, ('text', 'image'))}")
+                raise DataError(f"{where}: {unknown('content part', kind, ('text', 'image'))}")
             if kind == "text" and not isinstance(part.get("text"), str):
-                raise ValueError(f"{where}: a content part of type 'text' needs a string 'text', got {_kind(part)}")
+                raise DataError(f"{where}: a content part of type 'text' needs a string 'text', got {_kind(part)}")
     return {"role": raw["role"], "content": raw["content"]}
 
 
@@ -99,11 +99,11 @@ def _image_names(raw: Mapping[str, Any], messages: tuple[Message, ...], where: s
         if part["type"] == "image"
     ]
     if len(beside) + any(name is not None for name in inside) > 1:
-        raise ValueError(f"{where}: images are named twice; give them in one of 'image', 'images' and content parts")
+        raise DataError(f"{where}: images are named twice; give them in one of 'image', 'images' and content parts")
     names = raw[beside[0]] if beside else [] if all(name is None for name in inside) else inside
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{where}: images must be file names, got {names!r:.80}")
+        raise DataError(f"{where}: images must be file names, got {names!r:.80}")
     return tuple(names)
 
 

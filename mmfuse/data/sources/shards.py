@@ -23,6 +23,7 @@ from mmfuse.data.sources.files import FilePool
 from mmfuse.data.sources.images import FORMATS, decode_image
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.tar import Member, members
+from mmfuse.errors import DataError
 from mmfuse.models.chat import IMAGE_TOKEN
 
 _IMAGE: Final = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(FORMATS)})")
@@ -49,7 +50,7 @@ class ShardSource:
         name: names the source in messages.
 
     Raises:
-        ValueError: naming shard and key: a truncated or damaged tar, a sample without record or whose members do not
+        DataError: naming shard and key: a truncated or damaged tar, a sample without record or whose members do not
             stand together, images with a gap in their numbers, a member that no sample can have.
     """
 
@@ -57,7 +58,7 @@ class ShardSource:
         self, paths: Sequence[Path], checksums: Mapping[Path, str] | None = None, name: str = "shards"
     ) -> None:
         if not paths:
-            raise ValueError(f"{name}: a source needs at least one shard")
+            raise DataError(f"{name}: a source needs at least one shard")
         self.name = name
         self._pool = FilePool(paths)
         self._shards = [_index(self._pool, number) for number in range(len(paths))]
@@ -80,7 +81,7 @@ class ShardSource:
         begin, end = min(offsets), max(offset + size for offset, size in zip(offsets, sizes, strict=True))
         data = self._pool.read(number, begin, end - begin)
         if len(data) != end - begin:
-            raise ValueError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
+            raise DataError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
         parts = [data[offset - begin : offset - begin + size] for offset, size in zip(offsets, sizes, strict=True)]
         return _sample(key, kinds, parts)
 
@@ -105,15 +106,15 @@ def _sample(key: str, kinds: Sequence[int], parts: Sequence[bytes]) -> Sample:
             raw = json.loads(parts[kinds.index(_JSON)])
         text = parts[kinds.index(_TXT)].decode() if _TXT in kinds else None
     except ValueError as error:
-        raise ValueError(f"{key}: the record cannot be read: {error}") from error
+        raise DataError(f"{key}: the record cannot be read: {error}") from error
     if text is not None:
         if not isinstance(raw, Mapping) or "text" in raw:
-            raise ValueError(f"{key}: beside {{key}}.txt, {{key}}.json must be an object without 'text'")
+            raise DataError(f"{key}: beside {{key}}.txt, {{key}}.json must be an object without 'text'")
         # Caption shards, as img2dataset writes them, have no placeholders: their images come first.
         raw = {**raw, "text": text if IMAGE_TOKEN in text else IMAGE_TOKEN * len(images) + text}
     record = parse_record(raw, key)
     if record.images and not images:
-        raise ValueError(f"{key}: the record names the image {record.images[0]!r}, but the shard has none for this key")
+        raise DataError(f"{key}: the record names the image {record.images[0]!r}, but the shard has none for this key")
     return Sample(key, images, record.messages, record.text, record.info)
 
 
@@ -139,21 +140,21 @@ def _index(pool: FilePool, number: int) -> _Index:
         folder, slash, base = member.name.rpartition("/")
         stem, dot, ending = base.partition(".")
         if not stem or not dot:
-            raise ValueError(f"{path}: member {member.name!r} has no key: members are named key.ending, e.g. 0001.json")
+            raise DataError(f"{path}: member {member.name!r} has no key: members are named key.ending, e.g. 0001.json")
         key = f"{folder}{slash}{stem}"
         if key != current:
             if group:
                 close()
             if key in seen:
-                raise ValueError(f"{path}:{key}: the members of this key do not stand together, or it occurs twice")
+                raise DataError(f"{path}:{key}: the members of this key do not stand together, or it occurs twice")
             seen.add(key)
             current = key
         kind = _member_kind(ending.lower())
         if isinstance(kind, str):
-            raise ValueError(f"{path}:{key}: {kind}")
+            raise DataError(f"{path}:{key}: {kind}")
         group.append((kind, member))
     if not group:
-        raise ValueError(f"{path} holds no samples")
+        raise DataError(f"{path} holds no samples")
     close()
     return _Index(
         np.array(keys),
@@ -179,9 +180,9 @@ def _member_kind(ending: str) -> int | str:
 def _check_group(where: str, kinds: list[int]) -> None:
     """`kinds` is sorted."""
     if kinds[0] not in (_JSON, _TXT):
-        raise ValueError(f"{where}: images without a record; expected {{key}}.json or {{key}}.txt beside them")
+        raise DataError(f"{where}: images without a record; expected {{key}}.json or {{key}}.txt beside them")
     if len(set(kinds)) != len(kinds):
-        raise ValueError(f"{where}: two members are the same part of the sample (two records, or images of one number)")
+        raise DataError(f"{where}: two members are the same part of the sample (two records, or images of one number)")
     images = [kind - _FIRST_IMAGE for kind in kinds if kind >= _FIRST_IMAGE]
     if images and (images[0] > 1 or images[-1] - images[0] != len(images) - 1):
-        raise ValueError(f"{where}: images are numbered {images}; expected {list(range(len(images)))}")
+        raise DataError(f"{where}: images are numbered {images}; expected {list(range(len(images)))}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from mmfuse.data.sources.files import FilePool
+from mmfuse.errors import DataError
 
 BLOCK: Final = 512
 _ZEROS: Final = bytes(BLOCK)
@@ -33,7 +34,7 @@ def members(pool: FilePool, number: int) -> Iterator[Member]:
     """Yield the files in the tar that is file `number` of `pool`; folders have no bytes and are passed over.
 
     Raises:
-        ValueError: naming the file and the byte where it is truncated, damaged, or no plain tar.
+        DataError: naming the file and the byte where it is truncated, damaged, or no plain tar.
     """
     path, end, at = pool.paths[number], pool.sizes[number], 0
     long_name: str | None = None
@@ -41,9 +42,9 @@ def members(pool: FilePool, number: int) -> Iterator[Member]:
     while True:
         header = pool.read(number, at, BLOCK)
         if at == 0 and header.startswith(_GZIP):
-            raise ValueError(f"{path} is compressed with gzip; samples are read at random, which needs a plain .tar")
+            raise DataError(f"{path} is compressed with gzip; samples are read at random, which needs a plain .tar")
         if len(header) < BLOCK:
-            raise ValueError(f"{path} is truncated: it ends at byte {end} without the end marker of a tar file")
+            raise DataError(f"{path} is truncated: it ends at byte {end} without the end marker of a tar file")
         if header == _ZEROS:
             return _check_tail(pool, number, at)
         kind, name, size = _parsed(header, path, at)
@@ -52,10 +53,10 @@ def members(pool: FilePool, number: int) -> Iterator[Member]:
         begin = at + BLOCK
         at = begin + -(-size // BLOCK) * BLOCK
         if size < 0:
-            raise ValueError(f"{path} is damaged: a member has {size} bytes")
+            raise DataError(f"{path} is damaged: a member has {size} bytes")
         if at > end:
             what = f"member {long_name or name!r} needs {begin + size} bytes, the file has {end}"
-            raise ValueError(f"{path} is truncated: {what}")
+            raise DataError(f"{path} is truncated: {what}")
         if kind == _PAX:
             long_name, long_size = _pax(pool.read(number, begin, size), path)
         elif kind == _GNU_NAME:
@@ -67,7 +68,7 @@ def members(pool: FilePool, number: int) -> Iterator[Member]:
             long_name = long_size = None
         elif kind != _PAX_GLOBAL:
             what = _REFUSED.get(kind, f"of type {kind!r}")
-            raise ValueError(f"{path}: member {long_name or name!r} is {what}; shards hold plain files only")
+            raise DataError(f"{path}: member {long_name or name!r} is {what}; shards hold plain files only")
 
 
 def _parsed(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:
@@ -78,7 +79,7 @@ def _parsed(header: bytes, path: Path, at: int) -> tuple[bytes, str, int]:
     except ValueError:
         right = False
     if not right:
-        raise ValueError(f"{path} is damaged or no tar file: no tar header at byte {at}")
+        raise DataError(f"{path} is damaged or no tar file: no tar header at byte {at}")
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
@@ -106,9 +107,9 @@ def _pax(data: bytes, path: Path) -> tuple[str | None, int | None]:
             elif key == b"size":
                 size = int(value)
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: an extended header cannot be read ({error})") from error
+            raise DataError(f"{path} is damaged: an extended header cannot be read ({error})") from error
         if length < 1 or key.startswith(b"GNU.sparse"):
-            raise ValueError(f"{path}: a member is a sparse file or has a damaged header; shards hold plain files only")
+            raise DataError(f"{path}: a member is a sparse file or has a damaged header; shards hold plain files only")
         at += length
     return name, size
 
@@ -117,9 +118,9 @@ def _check_tail(pool: FilePool, number: int, at: int) -> None:
     """Two blocks of zeros end a tar. Readers stop there, so that whatever follows would be lost in silence."""
     path, end = pool.paths[number], pool.sizes[number]
     if end - at < 2 * BLOCK:
-        raise ValueError(f"{path} is truncated: its end marker is incomplete")
+        raise DataError(f"{path} is truncated: its end marker is incomplete")
     while at < end:
         tail = pool.read(number, at, _TAIL)
         if tail.count(0) != len(tail):
-            raise ValueError(f"{path} goes on after its end marker at byte {at}: were two tar files joined with cat?")
+            raise DataError(f"{path} goes on after its end marker at byte {at}: were two tar files joined with cat?")
         at += len(tail)
