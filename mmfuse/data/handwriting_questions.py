@@ -132,18 +132,32 @@ class Balancer:
         used[answer] += 1
         return Question(family, texts[int(self._rng.random() * len(texts))], answer)
 
-    def dialogue(self, grid: Grid, turns: int, families: Sequence[str]) -> list[Question]:
+    def dialogue(
+        self, grid: Grid, turns: int, families: Sequence[str], weights: Mapping[str, float] = MappingProxyType({})
+    ) -> list[Question]:
         """Return up to `turns` different questions: one of each family in random order, then further rounds.
 
         Fewer come back only where the scene has no further question.
+
+        Args:
+            grid: the digits of the scene.
+            turns: how many questions.
+            families: what may be asked.
+            weights: a family of weight 2 is twice as likely to be asked next as one of weight 1, the default.
         """
         questions: list[Question] = []
         options = {family: candidates(family, grid) for family in families}
         while any(options.values()) and len(questions) < turns:
-            for number in self._rng.permutation(len(families)):
-                family = families[number]
+            for family in self._order(families, weights):
                 if options[family] and len(questions) < turns:
                     question = self.pick(family, options[family])
                     options[family].remove((question.text, question.answer))
                     questions.append(question)
         return questions
+
+    def _order(self, families: Sequence[str], weights: Mapping[str, float]) -> list[str]:
+        """All families at random, likely ones first (Efraimidis and Spirakis 2006, sampling without replacement)."""
+        if not weights:
+            return [families[number] for number in self._rng.permutation(len(families))]
+        waiting = self._rng.exponential(size=len(families)) / [weights.get(family, 1.0) for family in families]
+        return [families[number] for number in np.argsort(waiting)]

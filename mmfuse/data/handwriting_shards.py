@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import shutil
 import struct
 import tarfile
@@ -17,7 +18,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,9 @@ FORMAT: Final = "mmfuse-handwriting-1"
 
 Sample = dict[str, Any]
 
+# A scene of one repeated digit has no digit that these could be asked about.
+_NOT_ALWAYS: Final = frozenset({"right_of", "above"})
+
 
 @dataclass(frozen=True)
 class Handwriting:
@@ -44,7 +48,9 @@ class Handwriting:
         instruct: dialogues for instruction tuning, from training scans.
         turns: questions in a dialogue.
         val, test: scenes with one question each, from the scans of these splits, unchanged by `shift` and `gain`.
-        families: question families; each gets an equal share.
+        families: question families; each gets an equal share of val and test.
+        weights: how likely a family is asked in a dialogue of `instruct`, against 1 for one that is not named. Those
+            that are learned slowly can be asked more often; val and test stay even.
         shift, gain: variety of the training scans, see `make_scenes`.
         seed: seed of everything drawn.
         per_shard: samples in a shard.
@@ -58,6 +64,7 @@ class Handwriting:
     val: int = 1050
     test: int = 2100
     families: tuple[str, ...] = tuple(FAMILIES)
+    weights: dict[str, float] = field(default_factory=dict)
     shift: float = 0.0
     gain: float = 0.0
     seed: int = 0
@@ -72,6 +79,15 @@ class Handwriting:
                 raise ValueError(unknown("question family", family, FAMILIES))
         if not self.families or len(set(self.families)) != len(self.families):
             raise ValueError(f"families must name each family once, got {self.families}")
+        if not set(self.families) - _NOT_ALWAYS:
+            raise ValueError(
+                f"families {self.families} have no question about some scenes; add another, such as 'read'"
+            )
+        for family, weight in self.weights.items():
+            if family not in self.families:
+                raise ValueError(unknown("question family in weights", family, self.families))
+            if not 0 < weight < math.inf:
+                raise ValueError(f"weights must be above 0, got {weight} for {family!r}")
         if ("right_of" in self.families and self.cols < 2) or ("above" in self.families and self.rows < 2):
             raise ValueError(f"right_of and above need two columns and two rows, got {self.rows} x {self.cols}")
 
@@ -88,8 +104,9 @@ class Handwriting:
 def samples(spec: Handwriting, part: str) -> Iterator[Sample]:
     """Yield the samples of `part`: `"align"`, `"instruct"`, `"val"` or `"test"`.
 
-    Each is a dict with `key`, `images` (a list with one uint8 array `[8 R, 8 C]`), `digits` and `scans` (lists `[R][C]`: labels
-    and scan identities), and either `text` (alignment) or `messages`, with `family` and `targets`, one entry per answer.
+    Each is a dict with `key`, `images` (a list with one uint8 array `[8 R, 8 C]`), `digits` and `scans` (lists
+    `[R][C]`: labels and scan identities), and either `text` (alignment) or `messages`, with `family` and `targets`, one
+    entry per answer.
 
     Raises:
         ValueError: there is no such part.
@@ -110,7 +127,8 @@ def samples(spec: Handwriting, part: str) -> Iterator[Sample]:
 def write_shards(folder: str | Path, spec: Handwriting) -> dict[str, Any]:
     """Write the shards of `spec` into `folder`, or keep what is there if it is just that, and return the manifest.
 
-    The folder appears whole or not at all (temporary folder, then rename), also when several processes write it at once.
+    The folder appears whole or not at all (temporary folder, then rename), also when several processes write it at
+    once.
 
     Raises:
         FileExistsError: `folder` holds something else than such shards, which would be lost.
@@ -189,7 +207,7 @@ def _captions(scenes: Scenes) -> Iterator[Sample]:
 def _dialogues(scenes: Scenes, spec: Handwriting, rng: np.random.Generator) -> Iterator[Sample]:
     balancer = Balancer(rng)
     for number, grid in enumerate(scenes.digits.tolist()):
-        questions = balancer.dialogue(grid, spec.turns, spec.families)
+        questions = balancer.dialogue(grid, spec.turns, spec.families, spec.weights)
         yield _sample("instruct", number, scenes, number, _chat(questions))
 
 

@@ -73,7 +73,9 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
     )
     model = MultimodalLM(config)
     if pretrained:
-        model.decoder = AutoModelForCausalLM.from_pretrained(pretrained, attn_implementation=ATTENTION)
+        # In the dtype of the other parts: the trainer's precision says what is computed in fewer bits.
+        dtype = torch.get_default_dtype()
+        model.decoder = AutoModelForCausalLM.from_pretrained(pretrained, attn_implementation=ATTENTION, dtype=dtype)
     if len(tokenizer) > config.text_config.vocab_size:
         model.decoder.resize_token_embeddings(len(tokenizer))
         config.text_config.vocab_size = len(tokenizer)

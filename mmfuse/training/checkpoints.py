@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
@@ -54,11 +55,23 @@ def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     return loaded
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """`best.ckpt`, which remembers its own score: `last.ckpt` is written before the validation of the same step."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = str(Path(str(self.dirpath)) / "best.ckpt")
+        if trainer.ckpt_path and Path(path).exists():
+            held = read_checkpoint(path, map_location="cpu", mmap=True)["callbacks"][self.state_key]
+            self.best_model_path = self.kth_best_model_path = path
+            self.best_model_score = self.kth_value = held["best_model_score"]
+            self.best_k_models = {path: held["best_model_score"]}
+
+
 def checkpoint_callbacks(run: Path, every_n_steps: int) -> list[ModelCheckpoint]:
     """`last.ckpt` after every so many steps, and `best.ckpt` by exact match on the validation data."""
     shared: dict[str, Any] = {"dirpath": run / FOLDER, "enable_version_counter": False, "save_top_k": 1}
     last = ModelCheckpoint(filename="last", every_n_train_steps=every_n_steps, **shared)
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         filename="best", monitor="val/exact_match", mode="max", save_on_train_epoch_end=False, **shared
     )
     return [best, last]

@@ -184,6 +184,8 @@ class MultimodalCLI(LightningCLI):
         self._use_checkpoint()
 
     def before_predict(self) -> None:
+        # `RunReport` writes them; Lightning would keep them all.
+        self.config_init[self.subcommand].return_predictions = False
         self._use_checkpoint()
 
     def _use_checkpoint(self) -> None:
@@ -254,6 +256,7 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
     # Lightning's own use of a name that torch renamed.

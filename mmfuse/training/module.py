@@ -100,7 +100,7 @@ class MultimodalModule(LightningModule):
         for part, module in self.network.parts().items():
             module.requires_grad_(part in self.schedule.trained_parts())
         if gradient_checkpointing:
-            self.network.gradient_checkpointing_enable()
+            self.network.activation_checkpointing_enable()
         self.last_step: StepTotals | None = None
         self._sums = torch.zeros(2 + len(MODALITIES), dtype=torch.float64)
         self._keys: list[str] = []

@@ -7,6 +7,7 @@ import json
 import re
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +117,7 @@ def test_shift_and_gain_keep_ink_in_its_cell():
 
 @pytest.mark.parametrize("wrong", [{"rows": 0}, {"cols": 10}, {"shift": 1.5}, {"gain": -0.1}])
 def test_scene_arguments_out_of_range_are_refused(wrong: dict[str, float]):
-    with pytest.raises(ValueError, match="1..9|0..1"):
+    with pytest.raises(ValueError, match=r"1\.\.9|0\.\.1"):
         make_scenes(load_scans()["val"], 1, np.random.default_rng(0), **wrong)
 
 
@@ -138,6 +139,20 @@ def test_dialogues_ask_different_questions(grid: list[list[int]], turns: int, se
     assert len(set(texts)) == len(texts) == min(turns, possible)
     first = [question.family for question in questions][: sum(bool(candidates(name, grid)) for name in FAMILIES)]
     assert len(set(first)) == len(first)
+
+
+def test_weights_change_what_is_trained_on_and_nothing_else():
+    even = Handwriting(align=12, instruct=1500, turns=1, val=70, test=70)
+    uneven = replace(even, weights={"above": 6.0, "count": 2.0})
+    asked = Counter(sample["family"][0] for sample in samples(uneven, "instruct"))
+    assert set(asked) == set(FAMILIES)
+    # Some scenes allow no question of `above`, so that it stays under its weight.
+    assert 1.4 < asked["above"] / asked["count"] < 3 and 1.5 < asked["count"] / asked["read"] < 2.7
+    for part in ("align", "val", "test"):
+        for left, right in zip(samples(even, part), samples(uneven, part), strict=True):
+            assert all((left[name] == right[name]) for name in left if name != "images")
+            assert (left["images"][0] == right["images"][0]).all()
+    assert uneven.fingerprint() != even.fingerprint()
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -259,7 +274,7 @@ def test_good_shards_are_kept_and_bad_ones_rewritten(tmp_path: Path):
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="thesis.tex"):
+    with pytest.raises(FileExistsError, match=r"thesis\.tex"):
         write_shards(tmp_path, TINY)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
     with pytest.raises(FileExistsError, match="is a file"):
@@ -285,6 +300,12 @@ def test_wrong_arguments_say_what_was_meant():
         Handwriting(families=("read", "read"))
     with pytest.raises(ValueError, match="two columns"):
         Handwriting(cols=1)
+    with pytest.raises(ValueError, match="add another"):
+        Handwriting(families=("right_of", "above"))
+    with pytest.raises(ValueError, match="did you mean 'above'"):
+        Handwriting(weights={"abve": 2.0})
+    with pytest.raises(ValueError, match=r"above 0, got 0 for 'count'"):
+        Handwriting(weights={"count": 0})
     with pytest.raises(ValueError, match="test must be at least 1"):
         Handwriting(test=0)
 
