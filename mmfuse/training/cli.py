@@ -28,6 +28,7 @@ from mmfuse.training.checkpoints import (
     resolve_checkpoint,
 )
 from mmfuse.training.data import MultimodalData
+from mmfuse.training.memory import keep_freed_memory
 from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
@@ -223,6 +224,7 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
         ConfigError: see `main`.
     """
     _quieten()
+    keep_freed_memory()
     command, words = (argv[0], argv[1:]) if run else ("", argv)
     schema = config_schema(command)
     mistake = unknown_flag(schema, words)
@@ -232,6 +234,11 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
         return MultimodalCLI(argv, run=run)
     except ArgumentError as error:
         raise ConfigError(explain_mistake(str(error), schema, words)) from error
+    except SystemExit as stop:
+        # Lightning ends the process itself after Ctrl-C, and with another exit code.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
 
 
 def config_schema(command: str) -> dict[str, Any]:
@@ -256,9 +263,11 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # A run that is resumed in place, or was moved, is what it should be.
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
     # Lightning's own use of a name that torch renamed.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     disable_progress_bar()
