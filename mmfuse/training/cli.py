@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from mmfuse.errors import ConfigError
+from mmfuse.errors import ConfigError, DataError
 from mmfuse.eval.results import write_text_atomically
 from mmfuse.training.callbacks import ModelSummary, StepMetrics, progress_callback
 from mmfuse.training.checkpoints import (
@@ -102,10 +102,8 @@ class MultimodalCLI(LightningCLI):
         self.checkpoint: Path | None = None
         if self.subcommand:
             self.checkpoint = resolve_checkpoint(options.ckpt_path or self._usual_checkpoint(), self.out)
-        if self.subcommand == "fit":
-            claim_folder(self.out, resuming=self.checkpoint is not None)
-            self._save_config()
-        # Not saved: the same config with other stages has another length.
+        self._settings = self._dumped() if self.subcommand == "fit" else ""
+        # Not dumped: the same config with other stages has another length.
         if options.trainer.max_steps == -1:
             options.trainer.max_steps = steps
 
@@ -113,11 +111,10 @@ class MultimodalCLI(LightningCLI):
         """Only `fit` starts without a checkpoint."""
         return None if self.subcommand == "fit" else "best"
 
-    @rank_zero_only
-    def _save_config(self) -> None:
+    def _dumped(self) -> str:
         text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
         settings = {name: value for name, value in yaml.safe_load(text).items() if name not in _PER_CALL}
-        write_text_atomically(self.out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        return str(yaml.safe_dump(settings, sort_keys=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         options = self.config_init[self.subcommand] if self.subcommand else self.config_init
@@ -149,6 +146,9 @@ class MultimodalCLI(LightningCLI):
     # Commands
 
     def before_fit(self) -> None:
+        # Not before everything is built: a wrong config must leave an earlier run where it is.
+        claim_folder(self.out, resuming=self.checkpoint is not None)
+        rank_zero_only(write_text_atomically)(self.out / "config.yaml", self._settings)
         self.config_init[self.subcommand].ckpt_path = str(self.checkpoint) if self.checkpoint else None
         if self.checkpoint is not None and self.metrics is not None:
             self.metrics.resume_from(_step_of(self.checkpoint))
@@ -234,11 +234,21 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
         return MultimodalCLI(argv, run=run)
     except ArgumentError as error:
         raise ConfigError(explain_mistake(str(error), schema, words)) from error
+    except ValueError as error:
+        # jsonargparse wraps what a class says about its arguments, and repeats all of them.
+        raise user_error(error) or error from None
     except SystemExit as stop:
         # Lightning ends the process itself after Ctrl-C, and with another exit code.
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+
+
+def user_error(error: BaseException | None) -> ConfigError | DataError | None:
+    """The user's mistake that `error` was raised for, if there is one."""
+    while error is not None and not isinstance(error, ConfigError | DataError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def config_schema(command: str) -> dict[str, Any]:

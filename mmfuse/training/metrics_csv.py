@@ -24,7 +24,7 @@ class MetricsCSV(Logger):
     Every row reaches the operating system as soon as it is logged, so `kill -9` loses none.
 
     Args:
-        path: the file; rows that it holds already are kept until `resume_from` says otherwise.
+        path: the file; it is opened by the first `resume_from` or `log_metrics`, which keeps the rows that it holds.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -33,8 +33,6 @@ class MetricsCSV(Logger):
         self._columns: list[str] = ["step"]
         self._last: dict[str, Any] = {}
         self._offset = 0  # where the last row begins
-        if self.path.exists():
-            self._write_all(read_rows(self.path))
 
     @property
     def name(self) -> str:
@@ -59,6 +57,8 @@ class MetricsCSV(Logger):
         """Add `metrics` to the row of `step`: a new one, or the last one if that is of the same step."""
         if step is None:
             raise ValueError("MetricsCSV needs the step of what it logs")
+        if self._columns == ["step"] and self.path.exists():
+            self._write_all(read_rows(self.path))
         same = self._last.get("step") == step
         row = {**(self._last if same else {"step": step}), **metrics}
         added = [name for name in row if name not in self._columns]

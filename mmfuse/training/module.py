@@ -208,7 +208,10 @@ class MultimodalModule(LightningModule):
 def _load_tokenizer(name: str | None) -> PreTrainedTokenizerBase:
     if name is None:
         return load_tokenizer()
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model.tokenizer {name!r} cannot be loaded: {error}") from error
     return loaded
 
 

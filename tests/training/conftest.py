@@ -131,8 +131,9 @@ def write_config(settings: Settings, tmp_path: Path) -> WriteConfig:
 
 
 @pytest.fixture
-def mmfuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    """`mmfuse("fit", "--config", file)` runs the command in this process."""
+def mmfuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """`mmfuse("fit", "--config", file)` runs the command in this process, in the test's own folder."""
+    monkeypatch.chdir(tmp_path)
 
     def run(*words: str | Path) -> Ran:
         argv = [str(word) for word in words]
