@@ -5,7 +5,8 @@ copy of the test part of the UCI data set "Optical Recognition of Handwritten Di
 https://doi.org/10.24432/C50P49, CC BY 4.0). That copy carries no writer ids. The split is therefore by scan and
 **not** by writer: no scan occurs in two splits, but a writer may.
 
-A scene is a grid of scans. One scan is one 8x8 patch, so that an encoder with patch size 8 gives one visual token per digit.
+A scene is a grid of scans. One scan is one 8x8 patch, so that an encoder with patch size 8 gives one visual token for
+each digit.
 
 Shapes: N scans or scenes, R rows, C columns.
 """

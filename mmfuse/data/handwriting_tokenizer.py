@@ -1,7 +1,7 @@
 """The small tokenizer of the handwriting demo: byte-level BPE, so that any text round-trips.
 
-Every digit is a token of its own wherever it stands, and so is every word of the demo's questions. The trained files are
-shipped in `mmfuse/data/tokenizer/`; `build_tokenizer` makes them again from the question texts:
+Every digit is a token of its own wherever it stands, and so is every word of the demo's questions. The trained files
+are shipped in `mmfuse/data/tokenizer/`; `build_tokenizer` makes them again from the question texts:
 
     python -m mmfuse.data.handwriting_tokenizer FOLDER
 """

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from mmfuse.analysis.attention import attention_examples, visual_grid
 from mmfuse.analysis.plots import plot_attention, plot_families, plot_losses, plot_predictions
 from mmfuse.data import Source, encode_sample
@@ -60,6 +62,10 @@ def answer_pictures(
     pictures.append(Picture("Answers", caption, plots / "predictions.png"))
     shown = _one_per_family(seen)
     with_image = [number for number in shown if source[number].images]
+    if with_image:
+        # Something to ask `mmfuse generate` about.
+        image = source[with_image[0]].images[0]
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(plots / "example.png")
     if with_image and _has_grid(module):
         examples = attention_examples(
             module.network,

@@ -1,0 +1,87 @@
+"""Every config in the repository is parsed by the strict command line and builds its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mmfuse.data.handwriting_tokenizer import load_tokenizer
+from mmfuse.models import MultimodalLM, NetworkSpec, build_network
+from mmfuse.training.cli import config_schema, parse_and_build
+from mmfuse.training.stages import Schedule, Stage
+from mmfuse.training.strict import explain_mistake
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+#: Those that take weights from the hub are built without them, on the meta device.
+PRETRAINED = ("your_data.yaml", "paper/aki_4b.yaml")
+OFFLINE = sorted(
+    str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if str(p.relative_to(CONFIGS)) not in PRETRAINED
+)
+
+
+def settings(name: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load((CONFIGS / name).read_text())
+    return loaded
+
+
+def on_meta(name: str) -> MultimodalLM:
+    with torch.device("meta"):
+        model, _ = build_network(NetworkSpec(**settings(name)["model"]["network"]), load_tokenizer())
+    return model
+
+
+def millions(module: torch.nn.Module) -> float:
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+@pytest.mark.parametrize("name", OFFLINE)
+def test_config_builds_model_data_and_trainer(name: str, tmp_path: Path) -> None:
+    words = ["--config", str(CONFIGS / name), "--out", str(tmp_path), "--data.init_args.cache", str(tmp_path)]
+    cli = parse_and_build(words, run=False)
+    assert cli.trainer.max_steps == cli.model.schedule.steps
+    assert set(cli.model.schedule.trained_parts()) <= set(cli.model.network.parts())
+    assert cli.datamodule.stages == list(cli.model.schedule.stages)
+
+
+@pytest.mark.parametrize("name", PRETRAINED)
+def test_config_that_needs_the_hub_is_known_and_builds_on_meta(name: str) -> None:
+    words = ["--config", str(CONFIGS / name)]
+    assert explain_mistake("nothing", config_schema("fit"), words) == "nothing"
+    stages = [Stage(**stage) for stage in settings(name)["stages"]]
+    model = on_meta(name)
+    assert set(Schedule(stages).trained_parts()) <= set(model.parts())
+    sources = settings(name)["data"]["init_args"]["train"]
+    assert {source for stage in stages for source in stage.data} <= set(sources)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_aki_4b_has_the_size_of_the_paper() -> None:
+    model = on_meta("paper/aki_4b.yaml")
+    assert sum(p.numel() for p in model.connectors.parameters()) == 81_608_448
+    # SigLIP so400m without its pooling head, and Phi-3.5-mini.
+    assert millions(model.encoders) == pytest.approx(413, abs=1)
+    assert sum(p.numel() for p in model.decoder.parameters()) == 3_821_079_552
+    assert model.visual_tokens("image") == 144
+    align, instruct = (Stage(**stage) for stage in settings("paper/aki_4b.yaml")["stages"])
+    assert align.fusion == "causal"
+    assert not align.trains("encoder")
+    assert not instruct.trains("encoder")
+    assert instruct.learning_rate("decoder", instruct.steps) == pytest.approx(1e-6)
+    assert max(instruct.learning_rate("decoder", step) for step in range(300)) == pytest.approx(2e-5)
+
+
+def test_causal_differs_from_aki_in_the_fusion_alone() -> None:
+    aki, causal = settings("aki.yaml"), settings("causal.yaml")
+    assert aki["model"]["network"].pop("fusion") == "mma"
+    assert causal["model"]["network"].pop("fusion") == "causal"
+    assert aki == causal
+
+
+def test_validation_ends_with_the_last_step() -> None:
+    for name in ("aki.yaml", "causal.yaml"):
+        steps = Schedule([Stage(**stage) for stage in settings(name)["stages"]]).steps
+        assert steps % settings(name)["trainer"]["val_check_interval"] == 0
