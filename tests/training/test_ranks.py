@@ -132,9 +132,15 @@ def test_torchrun_starts_the_ranks_itself(write_config: WriteConfig, tmp_path: P
                 text=True,
                 env={
                     **os.environ,
-                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-                    "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                    "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": "1",
+                    "RANK": str(rank),
+                    "LOCAL_RANK": str(rank),
+                    "WORLD_SIZE": "2",
+                    "LOCAL_WORLD_SIZE": "2",
+                    "GROUP_RANK": "0",
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port,
+                    "TORCHELASTIC_RUN_ID": "test",
+                    "OMP_NUM_THREADS": "1",
                 },
             )
             for rank in range(2)
