@@ -27,6 +27,8 @@ class Stage:
         fusion: a strategy without parameters to use instead of the model's own, such as `causal` for alignment on
             captions (AKI, LLaVA); by default the model's own.
         warmup: steps over which the learning rate rises linearly from 0.
+        decay: share of the steps, at the stage's end, over which the learning rate falls along a cosine; between
+            warm-up and decay it stays at its peak. 1 is the plain cosine that begins after warm-up.
         final_lr: what the cosine ends at, as a share of the peak.
     """
 
@@ -36,6 +38,7 @@ class Stage:
     lr: dict[str, float]
     fusion: str | None = None
     warmup: int = 0
+    decay: float = 1.0
     final_lr: float = 0.1
 
     def __post_init__(self) -> None:
@@ -45,6 +48,8 @@ class Stage:
             raise ConfigError(f"{where}: steps must be at least 1, got {self.steps}")
         if not 0 <= self.warmup <= self.steps:
             raise ConfigError(f"{where}: warmup must lie in 0..{self.steps} (its steps), got {self.warmup}")
+        if not 0 <= self.decay <= 1:
+            raise ConfigError(f"{where}: decay is a share of the steps, 0..1, got {self.decay}")
         if not 0 <= self.final_lr <= 1:
             raise ConfigError(f"{where}: final_lr is a share of the peak, 0..1, got {self.final_lr}")
         if any(rate < 0 for rate in self.lr.values()) or not any(self.lr.values()):
@@ -57,12 +62,13 @@ class Stage:
         return self.lr.get(part, 0.0) > 0
 
     def learning_rate(self, part: str, step: int) -> float:
-        """The learning rate of `part` at the stage's own `step`, counted from 0: linear warm-up, then cosine."""
+        """The learning rate of `part` at the stage's own `step`, counted from 0."""
         peak = self.lr.get(part, 0.0)
         if step < self.warmup:
             return peak * (step + 1) / (self.warmup + 1)
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        start = max(self.warmup, round((1 - self.decay) * self.steps))
+        progress = (step - start) / max(1, self.steps - start)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         return peak * (self.final_lr + (1 - self.final_lr) * cosine)
 
 

@@ -24,6 +24,14 @@ def test_warm_up_and_cosine_by_hand() -> None:
     assert [made.learning_rate("decoder", step) for step in range(8)] == pytest.approx(expected, rel=1e-12)
 
 
+def test_decay_over_the_last_steps_by_hand() -> None:
+    made = stage(steps=10, warmup=2, decay=0.4, final_lr=0.5)
+    expected = [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 0.9267766952966369, 0.75, 0.5732233047033631, 0.5]
+    assert [made.learning_rate("decoder", step) for step in range(11)] == pytest.approx(expected, rel=1e-12)
+    constant = stage(steps=10, decay=0.0)
+    assert [constant.learning_rate("decoder", step) for step in range(10)] == [1.0] * 10
+
+
 def test_after_its_end_a_stage_stays_at_its_final_rate() -> None:
     made = stage(steps=4, final_lr=0.25)
     assert [made.learning_rate("decoder", step) for step in (4, 5, 100)] == pytest.approx([0.25] * 3)
@@ -48,6 +56,7 @@ def test_a_part_without_a_rate_or_with_zero_is_frozen(lr: dict[str, float]) -> N
         ({"warmup": 9}, r"stage 's': warmup must lie in 0\.\.8 \(its steps\), got 9"),
         ({"warmup": -1}, r"stage 's': warmup must lie in 0\.\.8 \(its steps\), got -1"),
         ({"final_lr": 1.5}, r"stage 's': final_lr is a share of the peak, 0\.\.1, got 1\.5"),
+        ({"decay": -0.1}, r"stage 's': decay is a share of the steps, 0\.\.1, got -0\.1"),
         ({"lr": {"decodr": 1.0}}, "unknown key in stage 's', lr 'decodr': did you mean 'decoder'"),
         ({"lr": {"decoder": -1.0}}, "stage 's': learning rates must be 0 or more"),
         ({"lr": {"decoder": 0.0}}, "stage 's': learning rates .* one of them positive"),
