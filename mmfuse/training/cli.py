@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
 from mmfuse.errors import ConfigError, DataError
@@ -125,13 +126,16 @@ class MultimodalCLI(LightningCLI):
             asked = options.trainer.logger
             loggers += [logger for logger in _as_list(asked) if isinstance(logger, Logger)]
         options.trainer.callbacks = [*_as_list(options.trainer.callbacks), *self._own_callbacks(options)]
-        return super().instantiate_trainer(
-            default_root_dir=str(self.out),
-            logger=loggers,
-            plugins=[*_as_list(options.trainer.plugins), AtomicCheckpointIO()],
-            enable_checkpointing=self.subcommand == "fit",
-            **kwargs,
-        )
+        try:
+            return super().instantiate_trainer(
+                default_root_dir=str(self.out),
+                logger=loggers,
+                plugins=[*_as_list(options.trainer.plugins), AtomicCheckpointIO()],
+                enable_checkpointing=self.subcommand == "fit",
+                **kwargs,
+            )
+        except (ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"trainer: {error}") from error
 
     def _own_callbacks(self, options: Any) -> list[Callback]:
         callbacks: list[Callback] = [StepMetrics(), ModelSummary()]
