@@ -56,6 +56,9 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Visibility, float], Tensor
     "sdpa": sdpa,
 }
 
+#: What a config or a caller may ask for.
+BACKEND_NAMES = ("auto", *BACKENDS)
+
 
 def attend(
     q: Tensor,
@@ -85,7 +88,7 @@ def attend(
     """
     name = "sdpa" if backend == "auto" else backend
     if name not in BACKENDS:
-        raise ValueError(unknown("attention backend", backend, ["auto", *BACKENDS]))
+        raise ValueError(unknown("attention backend", backend, BACKEND_NAMES))
     _check(q, k, v, visibility)
     return BACKENDS[name](q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale)
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from mmfuse.errors import ConfigError, check_keys, unknown
-from mmfuse.kernels import BACKENDS
+from mmfuse.kernels import BACKEND_NAMES
 from mmfuse.sequence import Modality
 
 #: Decoder families that the layer loop is tested with, by the `model_type` of their config.
@@ -46,8 +46,8 @@ class MultimodalConfig(PreTrainedConfig):
         self.connectors = {name: dict(spec) for name, spec in (connectors or {}).items()}
         self.fusion = fusion if isinstance(fusion, str) else dict(fusion)
         self.media_token_ids = dict(media_token_ids or {})
-        if attention_backend not in BACKENDS:
-            raise ConfigError(unknown("attention backend", attention_backend, BACKENDS))
+        if attention_backend not in BACKEND_NAMES:
+            raise ConfigError(unknown("attention backend", attention_backend, BACKEND_NAMES))
         self.attention_backend = attention_backend
         _check_modalities(self.encoders, self.connectors, self.media_token_ids)
         # Tying happens inside the decoder; saying it here too would tie a second time under names we do not have.

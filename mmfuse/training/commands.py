@@ -104,7 +104,7 @@ def list_(argv: Sequence[str]) -> int:
 def available() -> dict[str, dict[str, str]]:
     """For each kind of part the names that a config may use, each with a line about it."""
     from mmfuse.fusion import FUSIONS
-    from mmfuse.kernels import BACKENDS
+    from mmfuse.kernels import BACKEND_NAMES
     from mmfuse.models.config import DECODER_FAMILIES
     from mmfuse.models.connectors import CONNECTORS
     from mmfuse.models.encoders import ENCODERS
@@ -116,7 +116,7 @@ def available() -> dict[str, dict[str, str]]:
         "connectors": _first_lines(CONNECTORS),
         "decoders": dict.fromkeys(DECODER_FAMILIES, "a Hugging Face decoder, by its model_type"),
         "data": _first_lines({cls.__name__: cls for cls in (HandwritingData, MultimodalData)}),
-        "attention backends": dict.fromkeys(BACKENDS, ""),
+        "attention backends": dict.fromkeys(BACKEND_NAMES, ""),
     }
 
 
