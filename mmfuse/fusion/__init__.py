@@ -11,6 +11,7 @@ from mmfuse.fusion.base import CLASSES, IGNORED_LABEL, Fusion
 from mmfuse.fusion.causal import Causal
 from mmfuse.fusion.modality_mutual import ModalityMutual
 from mmfuse.fusion.prefix_lm import PrefixLM
+from mmfuse.fusion.shape import DecoderShape
 
 #: The names by which configs, the command line and `mmfuse.testing` know the strategies.
 FUSIONS: dict[str, type[Fusion]] = {
@@ -40,6 +41,7 @@ __all__ = [
     "FUSIONS",
     "IGNORED_LABEL",
     "Causal",
+    "DecoderShape",
     "Fusion",
     "ModalityMutual",
     "PrefixLM",

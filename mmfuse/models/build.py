@@ -16,9 +16,9 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from mmfuse.errors import ConfigError
+from mmfuse.models.attention import ATTENTION
 from mmfuse.models.chat import IMAGE_TOKEN
 from mmfuse.models.config import MultimodalConfig, decoder_config
-from mmfuse.models.decoder import ATTENTION
 from mmfuse.models.encoders import Encoder
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.models.processor import MultimodalProcessor

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
+from mmfuse.fusion import IGNORED_LABEL, DecoderShape, Fusion, build_fusion
+from mmfuse.models.attention import ATTENTION, Recorder
 from mmfuse.models.config import MultimodalConfig
 from mmfuse.models.connectors import Connector, build_connector
-from mmfuse.models.decoder import ATTENTION, Recorder, run_decoder, supervised_rows
+from mmfuse.models.decoder import new_cache, run_decoder, supervised_rows
 from mmfuse.models.encoders import Encoder, build_encoder
 from mmfuse.sequence import Modality, Role, TokenMap
 
@@ -61,14 +62,16 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         config.text_config._attn_implementation = ATTENTION
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
-        self.connectors = nn.ModuleDict(
-            {
-                name: build_connector(spec, encoders[name].hidden_size, width, encoders[name].grid)
-                for name, spec in config.connectors.items()
-            }
-        )
+
+        def connector(name: str) -> Connector:
+            return build_connector(config.connectors[name], encoders[name].hidden_size, width, encoders[name].grid)
+
+        self.connectors = nn.ModuleDict({name: connector(name) for name in config.connectors})
+        # Last: one seed gives all other parts the same weights, whatever the strategy.
         self.fusion = build_fusion(config.fusion)
         self.fusion.check_layers(config.text_config.num_hidden_layers)
+        self.fusion.build(DecoderShape.of(config.text_config), connector, tuple(config.connectors))
+        self.fusion.start_from(dict(self.connectors.items()))
         # Each part was initialised by its own library; the flag keeps post_init from doing it again in its own way.
         for part in (self.encoders, self.connectors, self.fusion):
             _mark_initialised(part)
@@ -150,12 +153,16 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             strategy.check_labels(tokens, labels)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
+            past_key_values = self.new_cache(strategy)
+        embeds, features = self._embed(
+            input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), {"image": pixel_values}
+        )
         hidden = run_decoder(
             self.decoder,
-            self._embed(input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), {"image": pixel_values}),
+            embeds,
             tokens,
             strategy,
+            features=features,
             cache=past_key_values,
             attention_backend=self.config.attention_backend,
             record=record,
@@ -166,6 +173,10 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if return_logits:
             logits = self._logits(hidden[:, -logits_to_keep:])
         return MultimodalOutput(loss=loss, logits=logits, past_key_values=past_key_values, supervised=supervised)
+
+    def new_cache(self, fusion: Fusion | None = None) -> DynamicCache:
+        """An empty cache that `past_key_values` takes, for the model's own strategy or another."""
+        return new_cache(self.fusion if fusion is None else fusion, self.config.text_config)
 
     def token_map(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenMap:
         """A map of `input_ids [B, S]` by placeholder ids alone: one document a row, all text prompt, one turn."""
@@ -185,9 +196,12 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             position=((live.cumsum(1) - 1) * live),
         )
 
-    def _embed(self, input_ids: Tensor, tokens: TokenMap, media: Mapping[str, Tensor | None]) -> Tensor:
-        """Token embeddings `[B, S, D]` with the connectors' features in the media slots."""
+    def _embed(
+        self, input_ids: Tensor, tokens: TokenMap, media: Mapping[str, Tensor | None]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token embeddings `[B, S, D]` with visual tokens in the media slots, and the encoders' features."""
         embeds = self.get_input_embeddings()(input_ids)
+        encoded: dict[str, Tensor] = {}
         for name, encoder in self.encoders.items():
             inputs, slots = media[name], tokens.modality == Modality[name.upper()]
             if inputs is None:
@@ -196,13 +210,14 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
                 if self.training:
                     # Every rank must run the same collectives, so a batch without images still runs the encoder.
                     blank = embeds.new_zeros(1, 3, *cast(Encoder, encoder).image_size)
-                    features = self.connectors[name](encoder(blank))
-                    embeds = embeds + 0.0 * features.sum()
+                    encoded[name] = encoder(blank)
+                    embeds = embeds + 0.0 * self.connectors[name](encoded[name]).sum()
                 continue
-            features = self.connectors[name](encoder(inputs)).to(embeds.dtype)
+            encoded[name] = encoder(inputs)
+            features = self.connectors[name](encoded[name]).to(embeds.dtype)
             self._check_counts(name, slots, features)
             embeds = embeds.masked_scatter(slots.unsqueeze(-1), features)
-        return embeds
+        return embeds, encoded
 
     @staticmethod
     def _check_counts(name: str, slots: Tensor, features: Tensor) -> None:
@@ -247,6 +262,8 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         if bool(tokens.is_pad[:, -1].any()):
             raise ValueError("generation needs prompts padded on the left: a row ends in padding")
         kwargs["attention_mask"] = (~tokens.is_pad).long()
+        if kwargs.get("use_cache") is not False:
+            kwargs.setdefault("past_key_values", self.new_cache())
         return super().generate(input_ids=input_ids, tokens=tokens, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
