@@ -40,7 +40,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 IMAGE_TOKEN_ID = 3
+#: Ids of text are drawn below this; the placeholders of further modalities stand behind it.
 VOCABULARY = 64
+MEDIA_TOKEN_IDS = {"image": IMAGE_TOKEN_ID, "audio": VOCABULARY, "eeg": VOCABULARY + 1}
 
 Layout = Sequence[tuple[str, int]]
 DEFAULT_LAYOUT: Layout = (("text", 3), ("image", 4), ("text", 4), ("answer", 3))
@@ -51,23 +53,31 @@ def tiny_model(
     family: str = "llama",
     *,
     kv_heads: int = 2,
+    modalities: Sequence[str] = ("image",),
     seed: int = 0,
     **overrides: Any,
 ) -> MultimodalLM:
     """A random two-layer model in evaluation mode: 16×16 images in 4 visual tokens, hidden size 32, 4 heads.
 
+    Modalities other than images come as precomputed features `[N, 3, 12]`, in 3 tokens each.
+
     Args:
         fusion: a strategy by name or spec.
         family: a decoder family, see `FAMILIES`.
         kv_heads: 4 gives multi-head attention, 2 and 1 grouped-query attention.
+        modalities: of the media that the model takes.
         seed: of the weights; the caller's random state is left alone.
         **overrides: fields of the decoder's config.
     """
     if family not in FAMILIES:
         raise ValueError(unknown("decoder family", family, FAMILIES))
+    for modality in modalities:
+        if modality not in MEDIA_TOKEN_IDS:
+            raise ValueError(unknown("modality", modality, MEDIA_TOKEN_IDS))
+    token_ids = {modality: MEDIA_TOKEN_IDS[modality] for modality in modalities}
     text_config = {
         "model_type": family,
-        "vocab_size": VOCABULARY,
+        "vocab_size": max([VOCABULARY, *(token_id + 1 for token_id in token_ids.values())]),
         "hidden_size": 32,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
@@ -90,12 +100,13 @@ def tiny_model(
         "image_size": 16,
         "patch_size": 8,
     }
+    features = {"type": "precomputed", "hidden_size": 12, "num_tokens": 3}
     config = MultimodalConfig(
         text_config=text_config,
-        encoders={"image": {"type": "hf", "config": vision}},
-        connectors={"image": {"type": "linear"}},
+        encoders={name: {"type": "hf", "config": vision} if name == "image" else features for name in modalities},
+        connectors={name: {"type": "linear"} for name in modalities},
         fusion=fusion,
-        media_token_ids={"image": IMAGE_TOKEN_ID},
+        media_token_ids=token_ids,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -118,7 +129,7 @@ def tiny_batch(
     """A random batch for `model(**batch)`.
 
     Args:
-        model: gives the number of visual tokens of an image; runs of `image` must hold whole images.
+        model: gives the number of tokens of a medium; runs of `image` must hold whole images, and so on.
         layout: runs of one sample, see `TokenMap.from_layout`, or a list of samples.
         batch: how often one layout is repeated, with different contents.
         side: where shorter samples are padded.
@@ -126,11 +137,11 @@ def tiny_batch(
         seed: of the contents.
 
     Returns:
-        `input_ids [B, S]`, `tokens`, `labels [B, S]` (answers only), and `pixel_values [N, 3, H, W]` if there are
-        images.
+        `input_ids [B, S]`, `tokens`, `labels [B, S]` (answers only), and the media that there are by the model's own
+        keywords: `pixel_values [N, 3, H, W]`, `audio_features [N, V, D]`.
 
     Raises:
-        ValueError: a run of images that is no multiple of the model's visual tokens.
+        ValueError: a run of media that the model does not take, or that is no multiple of a medium's tokens.
     """
     layouts = _layouts(layout, batch)
     maps = [TokenMap.from_layout(runs) for runs in layouts]
@@ -138,28 +149,31 @@ def tiny_batch(
     generator = torch.Generator().manual_seed(seed)
     # Contents are drawn sample by sample, so that a batch, a pack and single samples hold the same ones.
     contents = [torch.randint(4, VOCABULARY, (len(sample),), generator=generator) for sample in maps]
-    per_image = model.visual_tokens("image")
-    images = []
-    for runs in layouts:
-        for kind, length in runs:
-            if kind == "image":
-                if length % per_image:
-                    raise ValueError(
-                        f"a run of {length} image tokens is no multiple of {per_image}, the tokens of one image"
-                    )
-                size = cast(Encoder, model.encoders["image"]).image_size
-                images += [torch.randn(3, *size, generator=generator) for _ in range(length // per_image)]
+    media: dict[str, list[Tensor]] = {}
+    for kind, length in (run for runs in layouts for run in runs):
+        if kind not in ("text", "answer"):
+            media.setdefault(kind, []).extend(_random_media(model, kind, length, generator))
     ids = torch.zeros(tokens.shape, dtype=torch.long)
     ids[~tokens.is_pad] = torch.cat(contents)
-    ids = torch.where(tokens.modality == Modality.IMAGE, IMAGE_TOKEN_ID, ids)
+    for kind in media:
+        ids = torch.where(tokens.modality == Modality[kind.upper()], MEDIA_TOKEN_IDS[kind], ids)
     made: dict[str, Tensor | TokenMap] = {
         "input_ids": ids,
         "tokens": tokens,
         "labels": torch.where(tokens.is_answer, ids, IGNORED_LABEL),
     }
-    if images:
-        made["pixel_values"] = torch.stack(images)
-    return made
+    return made | {model.input_names[kind]: torch.stack(inputs) for kind, inputs in media.items() if inputs}
+
+
+def _random_media(model: MultimodalLM, kind: str, length: int, generator: torch.Generator) -> list[Tensor]:
+    """Inputs for a run of `length` tokens."""
+    if kind not in model.input_names:
+        raise ValueError(unknown("modality of the model", kind, model.input_names))
+    each = model.visual_tokens(kind)
+    if length % each:
+        raise ValueError(f"a run of {length} {kind} tokens is no multiple of {each}, the tokens of one {kind}")
+    shape = cast(Encoder, model.encoders[kind]).input_shape
+    return [torch.randn(*shape, generator=generator) for _ in range(length // each)]
 
 
 def _layouts(layout: Layout | Sequence[Layout] | None, batch: int) -> list[Layout]:

@@ -10,7 +10,15 @@ import torch
 
 from mmfuse.fusion import FUSIONS
 from mmfuse.sequence import Modality, TokenMap
-from mmfuse.testing import DEFAULT_LAYOUT, FAMILIES, IMAGE_TOKEN_ID, VOCABULARY, tiny_batch, tiny_model
+from mmfuse.testing import (
+    DEFAULT_LAYOUT,
+    FAMILIES,
+    IMAGE_TOKEN_ID,
+    MEDIA_TOKEN_IDS,
+    VOCABULARY,
+    tiny_batch,
+    tiny_model,
+)
 
 SAMPLES = [[("text", 2), ("image", 4), ("answer", 2)], [("text", 3)], [("image", 8), ("text", 1), ("answer", 1)]]
 
@@ -75,3 +83,25 @@ def test_runs_of_images_hold_whole_images() -> None:
     message = "a run of 6 image tokens is no multiple of 4, the tokens of one image"
     with pytest.raises(ValueError, match=re.escape(message)):
         tiny_batch(tiny_model(), [("text", 1), ("image", 6)])
+
+
+def test_other_modalities_come_as_features() -> None:
+    model = tiny_model(modalities=("image", "audio", "eeg"))
+    assert {name: model.visual_tokens(name) for name in model.encoders} == {"image": 4, "audio": 3, "eeg": 3}
+    layouts = [[("text", 2), ("audio", 6), ("image", 4), ("answer", 2)], [("eeg", 3), ("text", 1), ("audio", 3)]]
+    right, pack = tiny_batch(model, layouts), tiny_batch(model, layouts, pack=True)
+    for batch in (right, pack):
+        shapes = {name: tuple(batch[name].shape) for name in model.input_names.values()}
+        assert shapes == {"pixel_values": (1, 3, 16, 16), "audio_features": (3, 3, 12), "eeg_features": (1, 3, 12)}
+        assert torch.equal(batch["audio_features"], right["audio_features"])
+        for name, token_id in MEDIA_TOKEN_IDS.items():
+            assert torch.equal(batch["input_ids"] == token_id, batch["tokens"].modality == Modality[name.upper()])
+        assert model(**batch).logits.isfinite().all()
+
+
+def test_modalities_that_do_not_exist_or_that_the_model_lacks() -> None:
+    with pytest.raises(ValueError, match=r"unknown modality 'adio': did you mean 'audio'\? Known: audio, eeg, image"):
+        tiny_model(modalities=("adio",))
+    with pytest.raises(ValueError, match=r"unknown modality of the model 'audio'\. Known: image"):
+        tiny_batch(tiny_model(), [("text", 1), ("audio", 3)])
+    assert tiny_model(modalities=())(torch.tensor([[5, 6]])).logits.shape == (1, 2, VOCABULARY)

@@ -19,7 +19,7 @@ from mmfuse.errors import ConfigError
 from mmfuse.models.attention import ATTENTION
 from mmfuse.models.chat import IMAGE_TOKEN
 from mmfuse.models.config import MultimodalConfig, decoder_config
-from mmfuse.models.encoders import Encoder
+from mmfuse.models.encoders import VisionEncoder
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.models.processor import MultimodalProcessor
 
@@ -87,7 +87,7 @@ def processor_for(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, chat_format: dict[str, str] | None = None
 ) -> MultimodalProcessor:
     """The processor that fits a model's image encoder: its size, normalisation and number of visual tokens."""
-    encoder = cast(Encoder, model.encoders["image"])
+    encoder = cast(VisionEncoder, model.encoders["image"])
     height, width = encoder.image_size
     image_processor = SiglipImageProcessor(
         size={"height": height, "width": width},

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from mmfuse.errors import ConfigError
 from mmfuse.fusion import IGNORED_LABEL, DecoderShape, Fusion, build_fusion
 from mmfuse.models.attention import ATTENTION, Recorder
 from mmfuse.models.config import MultimodalConfig
 from mmfuse.models.connectors import Connector, build_connector
 from mmfuse.models.decoder import new_cache, run_decoder, supervised_rows
 from mmfuse.models.encoders import Encoder, build_encoder
+from mmfuse.models.generation import MultimodalGenerationMixin
+from mmfuse.models.media import MEDIA
 from mmfuse.sequence import Modality, Role, TokenMap
 
 
@@ -38,13 +41,30 @@ class MultimodalOutput(ModelOutput):
     supervised: Tensor | None = None
 
 
-class MultimodalLM(PreTrainedModel, GenerationMixin):
+@dataclass(frozen=True)
+class Embedded:
+    """What the decoder starts from.
+
+    Attributes:
+        embeds: `[B, S, D]`, with the connectors' tokens in the media slots.
+        features: by modality `[N, V, De]`, what each encoder that was run gave to its connector; of the blank medium
+            too that stands in for a modality without media in training.
+    """
+
+    embeds: Tensor
+    features: dict[str, Tensor]
+
+
+class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
     """A multimodal language model whose fusion strategy is one entry of its config.
 
     Built offline with random weights from its config. `from_pretrained` and `save_pretrained` are Hugging Face's.
 
     Args:
         config: says which encoders, connectors, decoder and fusion.
+
+    Attributes:
+        input_names: for each modality the keyword by which `forward` takes its inputs.
     """
 
     config_class = MultimodalConfig
@@ -56,6 +76,7 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MultimodalConfig) -> None:
         super().__init__(config)
         encoders = {name: build_encoder(spec) for name, spec in config.encoders.items()}
+        self.input_names = {name: _input_name(name, encoder) for name, encoder in encoders.items()}
         self.encoders = nn.ModuleDict(encoders)
         # What is saved must build the same towers offline, without the checkpoint that they may have come from.
         config.encoders = {name: encoder.spec for name, encoder in encoders.items()}
@@ -112,6 +133,9 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         tokens: TokenMap | None = None,
         pixel_values: Tensor | None = None,
+        image_features: Tensor | None = None,
+        audio_features: Tensor | None = None,
+        eeg_features: Tensor | None = None,
         labels: Tensor | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -124,11 +148,17 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
     ) -> MultimodalOutput:
         """One pass over a batch.
 
+        Of the media, only those that the model has an encoder for are taken, see `input_names`; each in the order in
+        which its modality is read.
+
         Args:
             input_ids: `[B, S]`; media slots hold the placeholder id of their modality.
             tokens: what every token is; covers cached tokens too, `[B, cached + S]`. Without it all text is prompt
                 and media are found by their placeholder ids.
-            pixel_values: `[N, 3, H, W]`, the images of the batch in reading order.
+            pixel_values: `[N, 3, H, W]`, images for a vision encoder.
+            image_features: `[N, V, D]`, for images whose encoder is `precomputed`.
+            audio_features: `[N, V, D]`, for audio whose encoder is `precomputed`.
+            eeg_features: `[N, V, D]`, for EEG whose encoder is `precomputed`.
             labels: `[B, S]` target ids (not shifted), -100 where there is no loss.
             attention_mask: `[B, S]`, 0 on padding; only read when `tokens` is not given.
             past_key_values: keys and values of earlier calls.
@@ -140,8 +170,8 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             return_dict: always True; Hugging Face's generation says so explicitly.
 
         Raises:
-            ValueError: placeholders and features disagree, labels supervise what the fusion leaks, or the map does not
-                cover the tokens.
+            ValueError: media that the model does not take, placeholders and features that disagree, labels that
+                supervise what the fusion leaks, or a map that does not cover the tokens.
         """
         if not return_dict:
             raise ValueError("MultimodalLM returns a MultimodalOutput; return_dict=False is not supported")
@@ -154,15 +184,21 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             strategy.check_labels(tokens, labels)
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(strategy)
-        embeds, features = self._embed(
-            input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), {"image": pixel_values}
+        media = self.media_inputs(
+            {
+                "pixel_values": pixel_values,
+                "image_features": image_features,
+                "audio_features": audio_features,
+                "eeg_features": eeg_features,
+            }
         )
+        embedded = self._embed(input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), media)
         hidden = run_decoder(
             self.decoder,
-            embeds,
+            embedded.embeds,
             tokens,
             strategy,
-            features=features,
+            features=embedded.features,
             cache=past_key_values,
             attention_backend=self.config.attention_backend,
             record=record,
@@ -196,28 +232,42 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
             position=((live.cumsum(1) - 1) * live),
         )
 
-    def _embed(
-        self, input_ids: Tensor, tokens: TokenMap, media: Mapping[str, Tensor | None]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Token embeddings `[B, S, D]` with visual tokens in the media slots, and the encoders' features."""
+    def media_inputs(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+        """The inputs that are there, by modality instead of keyword.
+
+        Raises:
+            ValueError: inputs that no encoder of the model takes.
+        """
+        found = {name: value for name, value in given.items() if value is not None}
+        unused = sorted(found.keys() - self.input_names.values())
+        if unused:
+            taken = ", ".join(self.input_names.values()) or "text only"
+            raise ValueError(f"the model takes {taken}; {', '.join(unused)} has no encoder here")
+        return {modality: found[name] for modality, name in self.input_names.items() if name in found}
+
+    def _embed(self, input_ids: Tensor, tokens: TokenMap, media: Mapping[str, Tensor]) -> Embedded:
+        """Token embeddings with the media of each modality in their slots."""
         embeds = self.get_input_embeddings()(input_ids)
-        encoded: dict[str, Tensor] = {}
-        for name, encoder in self.encoders.items():
-            inputs, slots = media[name], tokens.modality == Modality[name.upper()]
-            if inputs is None:
-                if bool(slots.any()):
-                    raise ValueError(f"the batch has {int(slots.sum())} {name} tokens but no {name} inputs were given")
-                if self.training:
-                    # Every rank must run the same collectives, so a batch without images still runs the encoder.
-                    blank = embeds.new_zeros(1, 3, *cast(Encoder, encoder).image_size)
-                    encoded[name] = encoder(blank)
-                    embeds = embeds + 0.0 * self.connectors[name](encoded[name]).sum()
+        found: dict[str, Tensor] = {}
+        for name, module in self.encoders.items():
+            encoder = cast(Encoder, module)
+            inputs, slots = media.get(name), tokens.modality == Modality[name.upper()]
+            if inputs is None and bool(slots.any()):
+                raise ValueError(f"the batch has {int(slots.sum())} {name} tokens but no {name} inputs were given")
+            if inputs is None and not self.training:
                 continue
-            encoded[name] = encoder(inputs)
-            features = self.connectors[name](encoded[name]).to(embeds.dtype)
-            self._check_counts(name, slots, features)
-            embeds = embeds.masked_scatter(slots.unsqueeze(-1), features)
-        return embeds, encoded
+            # Every rank must run the same collectives, so a training batch without a medium still runs its encoder.
+            features = encoder(embeds.new_zeros(1, *encoder.input_shape) if inputs is None else inputs)
+            if encoder.precomputed:
+                features = features.to(embeds.dtype)  # a tower casts to its own dtype, and here is none
+            found[name] = features
+            placed = self.connectors[name](features)
+            if inputs is None:
+                embeds = embeds + 0.0 * placed.sum()
+                continue
+            self._check_counts(name, slots, placed)
+            embeds = embeds.masked_scatter(slots.unsqueeze(-1), placed.to(embeds.dtype))
+        return Embedded(embeds, found)
 
     @staticmethod
     def _check_counts(name: str, slots: Tensor, features: Tensor) -> None:
@@ -242,74 +292,14 @@ class MultimodalLM(PreTrainedModel, GenerationMixin):
         cap = getattr(self.config.text_config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    # Generation
 
-    def generate(  # type: ignore[override]  # the TokenMap is ours
-        self, input_ids: Tensor, tokens: TokenMap | None = None, **kwargs: Any
-    ) -> Any:
-        """Hugging Face's `generate` with a TokenMap; prompts in a batch are padded on the left.
-
-        Args:
-            input_ids: `[B, S]` prompts up to and including the answer header.
-            tokens: their map; made from `attention_mask` and the placeholder ids if not given.
-            **kwargs: `pixel_values`, `attention_mask`, and everything that Hugging Face's `generate` takes.
-
-        Raises:
-            ValueError: a prompt is padded on the right.
-        """
-        if tokens is None:
-            tokens = self.token_map(input_ids, kwargs.get("attention_mask"))
-        if bool(tokens.is_pad[:, -1].any()):
-            raise ValueError("generation needs prompts padded on the left: a row ends in padding")
-        kwargs["attention_mask"] = (~tokens.is_pad).long()
-        if kwargs.get("use_cache") is not False:
-            kwargs.setdefault("past_key_values", self.new_cache())
-        return super().generate(input_ids=input_ids, tokens=tokens, **kwargs)  # type: ignore[misc]
-
-    def prepare_inputs_for_generation(  # type: ignore[override]
-        self,
-        input_ids: Tensor,
-        next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
-        tokens: TokenMap | None = None,
-        pixel_values: Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-        new = input_ids.shape[1] - cached if next_sequence_length is None else next_sequence_length
-        return {
-            "input_ids": input_ids[:, -new:],
-            "tokens": tokens,
-            "pixel_values": pixel_values if cached == 0 else None,
-            "past_key_values": past_key_values,
-            "use_cache": kwargs.get("use_cache"),
-            "logits_to_keep": kwargs.get("logits_to_keep") or 0,
-        }
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        updated["tokens"] = updated["tokens"].append(kwargs.get("num_new_tokens", 1))
-        return updated
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        """Beams repeat samples; images are listed by sample, so a sample's images are repeated as a group."""
-        tokens, pixels = model_kwargs.pop("tokens"), model_kwargs.pop("pixel_values", None)
-        repeated_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if pixels is not None and expand_size > 1:
-            per_sample = (tokens.modality == Modality.IMAGE).sum(1) // self.visual_tokens("image")
-            groups = pixels.split(per_sample.tolist())
-            pixels = torch.cat([group for group in groups for _ in range(expand_size)])
-        return repeated_ids, {**model_kwargs, "tokens": tokens.repeat(expand_size), "pixel_values": pixels}
+def _input_name(modality: str, encoder: Encoder) -> str:
+    """The keyword of `modality`'s inputs, by whether its encoder takes features or pixels."""
+    medium = MEDIA[modality]
+    name = medium.features if encoder.precomputed else medium.raw
+    if name is None:
+        raise ConfigError(f"encoder {encoder.name!r} takes pixels; for {modality} there is `precomputed`")
+    return name
 
 
 def _mark_initialised(module: nn.Module) -> None:

@@ -28,6 +28,9 @@ TWO_TURNS: Layout = [
     *[("text", 2), ("image", 4), ("text", 2), ("answer", 2)],
     *[("text", 2), ("image", 4), ("text", 1), ("answer", 3)],
 ]
+IMAGE_AUDIO: Layout = [("text", 2), ("image", 4), ("audio", 3), ("text", 3), ("answer", 3)]
+AUDIO_FIRST: Layout = [("text", 1), ("audio", 3), ("text", 2), ("image", 4), ("text", 2), ("answer", 3)]
+MEDIA_AFTER_TEXT: Layout = [("text", 4), ("image", 4), ("answer", 3)]
 RAGGED = [ONE_IMAGE, TEXT_ONLY, TWO_TURNS]
 
 
@@ -39,6 +42,12 @@ class Arrangement:
     side: Side = "right"
     pack: bool = False
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Of the media in the samples; images, which every model here takes, come first."""
+        kinds = {kind for sample in self.samples for kind, _ in sample}
+        return ("image", *sorted(kinds - {"text", "image", "answer"}))
+
 
 ARRANGEMENTS = {
     "one_image": Arrangement([ONE_IMAGE] * 2),
@@ -47,6 +56,9 @@ ARRANGEMENTS = {
     "text_only": Arrangement([TEXT_ONLY] * 2),
     "no_instruction": Arrangement([NO_INSTRUCTION] * 2),
     "two_turns": Arrangement([TWO_TURNS] * 2),
+    "image_audio": Arrangement([IMAGE_AUDIO] * 2),
+    "audio_first_text_between": Arrangement([AUDIO_FIRST] * 2),
+    "media_after_text": Arrangement([MEDIA_AFTER_TEXT] * 2),
     "packed": Arrangement([ONE_IMAGE, NO_INSTRUCTION, TEXT_ONLY, TWO_TURNS], pack=True),
     "ragged_right": Arrangement(RAGGED, side="right"),
     "ragged_left": Arrangement(RAGGED, side="left"),
@@ -83,7 +95,8 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def model(case: Case) -> MultimodalLM:
-    made = tiny_model(case.fusion, case.family, kv_heads=case.kv_heads)
+    modalities = ARRANGEMENTS[case.arrangement].modalities
+    made = tiny_model(case.fusion, case.family, kv_heads=case.kv_heads, modalities=modalities)
     made.config.attention_backend = case.backend
     return made
 

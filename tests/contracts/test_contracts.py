@@ -29,13 +29,27 @@ def live_logits(model: MultimodalLM, batch: Batch) -> Tensor:
 def singles(model: MultimodalLM, batch: Batch) -> Iterator[Batch]:
     """The samples of an unpacked batch, each alone and without padding."""
     tokens = batch["tokens"]
-    counts = (tokens.modality == Modality.IMAGE).sum(1) // model.visual_tokens()
-    images = batch["pixel_values"].split(counts.tolist()) if "pixel_values" in batch else [()] * len(counts)
-    for row, pixels in enumerate(images):
+    for row in range(len(tokens.modality)):
         live = ~tokens.is_pad[row : row + 1]
         sample = {name: batch[name][row : row + 1, live[0]] for name in ("input_ids", "labels")}
-        sample["tokens"] = tokens.rows(row).select(live)
-        yield sample | ({"pixel_values": pixels} if len(pixels) else {})
+        yield sample | {"tokens": tokens.rows(row).select(live)} | media_in(model, batch, rows=slice(row, row + 1))
+
+
+def media_in(
+    model: MultimodalLM, batch: Batch, rows: slice = slice(None), columns: slice = slice(None)
+) -> dict[str, Tensor]:
+    """The media, of whatever modality, whose first token stands in these rows and columns."""
+    found = {}
+    for modality, name in model.input_names.items():
+        slots = (batch["tokens"].modality == Modality[modality.upper()]).nonzero()
+        first = slots[:: model.visual_tokens(modality)]
+        inside = torch.zeros(batch["tokens"].shape, dtype=torch.bool)
+        inside[rows, columns] = True
+        chosen = inside[first[:, 0], first[:, 1]]
+        assert len(slots) == len(first) * model.visual_tokens(modality)
+        if bool(chosen.any()):
+            found[name] = batch[name][chosen]
+    return found
 
 
 def gradients(model: MultimodalLM, loss: Tensor) -> dict[str, Tensor]:
@@ -60,27 +74,18 @@ def test_cached_decoding_equals_recomputation(model: MultimodalLM, batch: Batch)
     with torch.no_grad():
         expected = model(**batch).logits
         bounds = [0, *cuts(tokens), len(tokens)]
-        parts, cache, seen_images = [], None, 0
+        parts, cache, seen = [], None, 0
         for start, stop in pairwise(bounds):
-            count = int((tokens.columns(start, stop).modality == Modality.IMAGE).sum()) // model.visual_tokens()
-            # Images are listed sample by sample: a chunk takes, of each row, those that stand in it.
-            pixels = batch["pixel_values"][_images_in(model, tokens, start, stop)] if count else None
-            seen_images += count
-            out = model(ids[:, start:stop], tokens.columns(0, stop), pixels, past_key_values=cache, use_cache=True)
+            # Media are listed sample by sample: a chunk takes, of each row, those that stand in it.
+            media = media_in(model, batch, columns=slice(start, stop))
+            seen += sum(map(len, media.values()))
+            out = model(ids[:, start:stop], tokens.columns(0, stop), **media, past_key_values=cache, use_cache=True)
             parts.append(out.logits)
             cache = out.past_key_values
     live = ~tokens.is_pad
     assert len(bounds) > 3
-    assert seen_images == len(batch.get("pixel_values", ()))
+    assert seen == sum(len(batch.get(name, ())) for name in model.input_names.values())
     torch.testing.assert_close(torch.cat(parts, dim=1)[live], expected[live], **CLOSE)
-
-
-def _images_in(model: MultimodalLM, tokens: TokenMap, start: int, stop: int) -> Tensor:
-    """Indices of the images whose first token stands in columns `start:stop`."""
-    rows, slots = (tokens.modality == Modality.IMAGE).nonzero(as_tuple=True)
-    first = slots[:: model.visual_tokens()]
-    assert len(rows) == len(first) * model.visual_tokens()
-    return ((first >= start) & (first < stop)).nonzero().flatten()
 
 
 # 3. batch == single; packed == unpacked

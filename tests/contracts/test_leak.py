@@ -49,7 +49,8 @@ def run(model: MultimodalLM, batch: Batch, delta: Tensor, fusion: Fusion | None 
         layer.register_forward_hook(lambda _, __, out: states.append(out)) for layer in model.decoder.model.layers
     ]
     try:
-        logits = model(batch["input_ids"], batch["tokens"], batch.get("pixel_values"), fusion=fusion).logits
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        logits = model(**inputs, fusion=fusion).logits
     finally:
         for hook in hooks:
             hook.remove()

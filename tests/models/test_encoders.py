@@ -478,7 +478,7 @@ def test_convolutional_stem_counts_as_part_of_the_patch(model: str):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({}, "an encoder spec needs `type`. Known: hf, open_clip, timm"),
+        ({}, "an encoder spec needs `type`. Known: hf, open_clip, precomputed, timm"),
         ({"type": "tim"}, "unknown encoder 'tim': did you mean 'timm'?"),
         ({"type": "timm"}, "encoder 'timm' needs model"),
         ({"type": "timm", "name": "x"}, "unknown key in encoder 'timm' 'name'"),

@@ -1,18 +1,29 @@
-"""Vision encoders: one adapter for each library, found by name in a JSON spec."""
+"""Encoders, found by name in a JSON spec: one adapter for each vision library, and features computed beforehand."""
 
 from __future__ import annotations
 
 import inspect
 
 from mmfuse.errors import ConfigError, check_keys, unknown
-from mmfuse.models.encoders.base import Encoder, Spec
+from mmfuse.models.encoders.base import Encoder, Spec, VisionEncoder
 from mmfuse.models.encoders.hf import HFEncoder
 from mmfuse.models.encoders.openclip import OpenCLIPEncoder
+from mmfuse.models.encoders.precomputed import PrecomputedEncoder
 from mmfuse.models.encoders.timm_vit import TimmEncoder
 
-__all__ = ["ENCODERS", "Encoder", "HFEncoder", "OpenCLIPEncoder", "TimmEncoder", "build_encoder"]
+__all__ = [
+    "ENCODERS",
+    "Encoder",
+    "HFEncoder",
+    "OpenCLIPEncoder",
+    "PrecomputedEncoder",
+    "TimmEncoder",
+    "VisionEncoder",
+    "build_encoder",
+]
 
-ENCODERS: dict[str, type[Encoder]] = {cls.name: cls for cls in (HFEncoder, TimmEncoder, OpenCLIPEncoder)}
+_CLASSES: tuple[type[Encoder], ...] = (HFEncoder, TimmEncoder, OpenCLIPEncoder, PrecomputedEncoder)
+ENCODERS: dict[str, type[Encoder]] = {cls.name: cls for cls in _CLASSES}
 
 
 def build_encoder(spec: Spec) -> Encoder:

@@ -1,6 +1,6 @@
-"""What every vision encoder is: a headless tower, one layer of it, and some of its tokens.
+"""What every encoder is, and what every vision encoder is: a headless tower, one layer of it, and some of its tokens.
 
-Shape suffixes: N images, H and W pixels, T all tokens of the tower (CLS and registers first, then patches
+Shape suffixes: N media, H and W pixels, T all tokens of the tower (CLS and registers first, then patches
 in row-major order), V selected tokens, D features.
 """
 
@@ -37,6 +37,32 @@ class Tower:
 
 
 class Encoder(nn.Module):
+    """A modality's inputs `[N, *input_shape]` to features `[N, V, D]`.
+
+    Attributes:
+        hidden_size: width D of the features.
+        num_tokens: V, the number of tokens for one medium.
+        grid: (rows, columns) in which the tokens lie; one row for a sequence. CLS and registers have no place in it.
+        input_shape: of one medium, without the batch.
+        spec: JSON that builds the same architecture again, offline and without `pretrained`. Store this one
+            in a model config.
+    """
+
+    name: ClassVar[str]
+    #: Whether the inputs are features already, of whatever modality, and not pixels.
+    precomputed: ClassVar[bool] = False
+
+    hidden_size: int
+    num_tokens: int
+    grid: tuple[int, int]
+    input_shape: tuple[int, ...]
+    spec: Spec
+
+    def rebuild_buffers(self) -> None:
+        """Compute anew what a checkpoint does not hold; called from the owning model's `_init_weights`."""
+
+
+class VisionEncoder(Encoder):
     """Images to visual tokens.
 
     `layer` counts from the end: -1 is the last layer followed by the tower's final norm, on every token (what
@@ -51,18 +77,12 @@ class Encoder(nn.Module):
     uninitialised. The model that owns the encoder calls `rebuild_buffers()` from its `_init_weights`.
 
     Attributes:
-        hidden_size: width D of the features.
         patch_size: (height, width) in pixels.
         image_size: (height, width) in pixels that `forward` takes.
         grid: (rows, columns) of patches.
-        num_tokens: V, the number of visual tokens for one image.
         image_mean: per-channel mean that the tower's own recipe subtracts, for pixels in [0, 1].
         image_std: per-channel standard deviation likewise.
-        spec: JSON that builds the same architecture again, offline and without `pretrained`. Store this one
-            in a model config.
     """
-
-    name: ClassVar[str]
 
     def __init__(self, tower: Tower, *, tokens: str, spec: Spec) -> None:
         super().__init__()
@@ -76,9 +96,12 @@ class Encoder(nn.Module):
         self.grid = (tower.image_size[0] // tower.patch_size[0], tower.image_size[1] // tower.patch_size[1])
         self.image_mean = tower.image_mean
         self.image_std = tower.image_std
+        self.input_shape = (3, *tower.image_size)
         self.tokens = tokens
-        self.spec: Spec = {"type": self.name, **spec, "tokens": tokens}
+        self.spec = {"type": self.name, **spec, "tokens": tokens}
         self.prefix_tokens = tower.prefix_tokens
+        patches = self.grid[0] * self.grid[1]
+        self.num_tokens = {"patches": patches, "cls": 1, "all": self.prefix_tokens + patches}[tokens]
         self.tower = tower.module
         self.norm = tower.norm
         _fixed_parameters_to_buffers(self)
@@ -86,11 +109,6 @@ class Encoder(nn.Module):
         # itself holds was not loaded; without this one `rebuild_buffers` would never be reached.
         self.register_buffer("rebuilt", torch.ones(1), persistent=False)
         self._built_on_meta = any(parameter.is_meta for parameter in self.parameters())
-
-    @property
-    def num_tokens(self) -> int:
-        patches = self.grid[0] * self.grid[1]
-        return {"patches": patches, "cls": 1, "all": self.prefix_tokens + patches}[self.tokens]
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Encode a batch of images.
@@ -146,7 +164,7 @@ class Encoder(nn.Module):
         for name, value in missing.items():
             value.copy_(fresh[name])
 
-    def train(self, mode: bool = True) -> Encoder:
+    def train(self, mode: bool = True) -> VisionEncoder:
         super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
         return self
 

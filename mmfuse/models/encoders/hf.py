@@ -22,9 +22,9 @@ from transformers import (
 
 from mmfuse.errors import ConfigError, check_keys, unknown
 from mmfuse.models.encoders.base import (
-    Encoder,
     ImageSize,
     Tower,
+    VisionEncoder,
     building_on_meta,
     check_image_size,
     keep_layers,
@@ -63,7 +63,7 @@ _FAMILIES: Mapping[str, _Family] = MappingProxyType(
 )
 
 
-class HFEncoder(Encoder):
+class HFEncoder(VisionEncoder):
     """A vision model of transformers, random from a config or with the weights of a checkpoint.
 
     Deliberate difference: at `layer=-1` CLIP's post-layernorm is applied to every token, as open_clip and
@@ -76,7 +76,7 @@ class HFEncoder(Encoder):
             this argument can reach the network, and it is ignored on the meta device.
         image_size: pixels, one number or [height, width]; the config's own by default. Position embeddings
             are interpolated for any other.
-        layer: see `Encoder`.
+        layer: see `VisionEncoder`.
         tokens: "patches", "cls" or "all".
 
     Raises:

@@ -11,9 +11,9 @@ from torch import nn
 
 from mmfuse.errors import ConfigError, check_keys
 from mmfuse.models.encoders.base import (
-    Encoder,
     ImageSize,
     Tower,
+    VisionEncoder,
     building_on_meta,
     channels,
     check_image_size,
@@ -26,7 +26,7 @@ from mmfuse.models.encoders.timm_vit import grid_sizes, rebuild_timm_buffers, st
 _SCHEMES = ("local-dir:", "hf-hub:")
 
 
-class OpenCLIPEncoder(Encoder):
+class OpenCLIPEncoder(VisionEncoder):
     """The visual tower of an open_clip model: its own VisionTransformer, or the timm model that it wraps.
 
     The architecture comes from exactly one place: `model`, `vision_cfg`, or a `pretrained` that names a folder or
@@ -39,7 +39,7 @@ class OpenCLIPEncoder(Encoder):
         pretrained: with `model`, a tag of open_clip or a local checkpoint file; without, `local-dir:PATH` or
             `hf-hub:NAME`. Only this argument can reach the network. No weights are loaded on the meta device.
         image_size: pixels, one number or [height, width]; the model's own by default.
-        layer: see `Encoder`.
+        layer: see `VisionEncoder`.
         tokens: "patches", "cls" or "all".
         image_mean: per-channel mean; by default that of the weights, or else of the architecture.
         image_std: per-channel standard deviation likewise.

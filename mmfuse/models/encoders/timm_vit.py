@@ -11,9 +11,9 @@ from torch import nn
 
 from mmfuse.errors import ConfigError, check_keys
 from mmfuse.models.encoders.base import (
-    Encoder,
     ImageSize,
     Tower,
+    VisionEncoder,
     building_on_meta,
     check_image_size,
     keep_layers,
@@ -22,7 +22,7 @@ from mmfuse.models.encoders.base import (
 )
 
 
-class TimmEncoder(Encoder):
+class TimmEncoder(VisionEncoder):
     """A plain vision transformer of timm.
 
     The final norm at `layer=-1` is the model's `norm`, or its `fc_norm` for models that norm after average
@@ -34,7 +34,7 @@ class TimmEncoder(Encoder):
         pretrained: True for timm's own weights, or a local .safetensors file. Only True can reach the
             network; either is ignored on the meta device.
         image_size: pixels, one number or [height, width]; the model's own by default.
-        layer: see `Encoder`.
+        layer: see `VisionEncoder`.
         tokens: "patches", "cls" or "all".
 
     Raises:
