@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +88,15 @@ class ModularDuplexAttention(Fusion):
         decay_cross: float | None = 1.0,
     ) -> None:
         super().__init__(layers)
-        choices = {"gram": (gram, ("kv", "kk")), "fuse": (fuse, ("gated_add", "concat"))}
-        choices |= {"text_scope": (text_scope, ("prompt", "all"))}
-        choices |= {f"directions[{i}]": (way, ("media", "text")) for i, way in enumerate(directions)}
-        for name, (value, known) in choices.items():
-            if value not in known:
-                raise ConfigError(unknown(f"{name} of moda", value, known))
+        for name, values, known in (
+            ("gram", [gram], get_args(Gram)),
+            ("fuse", [fuse], get_args(Fuse)),
+            ("text_scope", [text_scope], get_args(TextScope)),
+            ("direction", directions, ("media", "text")),
+        ):
+            for value in values:
+                if value not in known:
+                    raise ConfigError(unknown(f"{name} of moda", value, known))
         if any(decay is not None and not decay > 0 for decay in (decay_self, decay_cross)):
             raise ConfigError(f"moda: decays must be positive, got {decay_self} and {decay_cross}")
         self.gram, self.fuse, self.text_scope = gram, fuse, text_scope

@@ -53,7 +53,7 @@ class AsideCache(DynamicCache):
         super().reset()
         self.slots, self.text, self.places, self.media = 0, None, None, {}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:  # type: ignore[override]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self._take(beam_idx)
 
@@ -69,9 +69,7 @@ class AsideCache(DynamicCache):
     def _take(self, index: Tensor) -> None:
         self.text = None if self.text is None else self.text[index.to(self.text.device)]
         self.places = None if self.places is None else self.places[index.to(self.places.device)]
-        self.media = {
-            layer: (k[index.to(k.device)], v[index.to(v.device)]) for layer, (k, v) in self.media.items()
-        }
+        self.media = {layer: (k[index.to(k.device)], v[index.to(v.device)]) for layer, (k, v) in self.media.items()}
 
 
 class AsideLayers:
@@ -133,7 +131,8 @@ class AsideLayers:
         return scatter_rows(run.base.norm(text), self._text, len(run.new))  # type: ignore[operator]
 
     def _layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> Tensor:
-        run, seen = self._run, []
+        run = self._run
+        seen: list[Tensor] = []
         request = Request(self._self, run.backend, record=self._recorder(seen))
         if run.fusion.changes(index):
             keys, values = self._media_keys(index, layer, media)
@@ -177,11 +176,15 @@ class AsideLayers:
             return None
 
         def expanded(layer: int, weights: Tensor) -> None:
-            keys = torch.cat([self._keys, self._places], dim=1) if weights.shape[3] > self._keys.shape[1] else self._keys
+            keys = (
+                torch.cat([self._keys, self._places], dim=1) if weights.shape[3] > self._keys.shape[1] else self._keys
+            )
             whole = self._spread(weights, keys[:, -weights.shape[3] :])
             for cross in seen:
                 # Its heads are others than the layer's: their mean is shown beside each.
-                whole = whole + self._spread(cross.mean(1, keepdim=True).expand(-1, weights.shape[1], -1, -1), self._places)
+                whole = whole + self._spread(
+                    cross.mean(1, keepdim=True).expand(-1, weights.shape[1], -1, -1), self._places
+                )
             record(layer, whole)
 
         return expanded

@@ -65,9 +65,7 @@ def run_decoder(
     if cached:
         fusion.check_cached(tokens, cached)
     parts = PARTS[decoder.config.model_type]
-    run = Pass(
-        decoder.model, embeds, tokens, cached, fusion, cache, attention_backend, record, dict(features or {})
-    )
+    run = Pass(decoder.model, embeds, tokens, cached, fusion, cache, attention_backend, record, dict(features or {}))
     if fusion.media_path is MediaPath.ASIDE:
         return AsideLayers(run, parts)()
     return _run_in_sequence(run, parts)

@@ -72,9 +72,7 @@ class Pass:
         by_type = {layer_type: module(self.embeds, position_ids, layer_type) for layer_type in set(types)}
         return lambda index: by_type[types[index]]
 
-    def call(
-        self, layer: nn.Module, hidden: Tensor, rotary: Rotary, position_ids: Tensor, request: Request
-    ) -> Tensor:
+    def call(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, position_ids: Tensor, request: Request) -> Tensor:
         """Run one decoder layer as its own model does. `request.enter` is applied where keys are cached, or without."""
         cache = self.cache
         if cache is not None and request.enter is not None:
@@ -88,8 +86,6 @@ class Pass:
             use_cache=cache is not None,
         )
         return out
-
-
 
 
 def gather_rows(x: Tensor, index: Tensor) -> Tensor:
