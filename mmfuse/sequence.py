@@ -306,10 +306,16 @@ def kept_index(keep: Tensor, side: Side = "right") -> Tensor:
 
 
 def order_among(keep: Tensor, document: Tensor) -> Tensor:
-    """`[B, S]`: how many earlier slots of the same document `keep [B, S]` (bool) holds for; documents are contiguous."""
+    """`[B, S]`: for how many earlier slots of its document `keep [B, S]` (bool) holds.
+
+    A document is contiguous but for padding inside it, as where a prompt padded on the right is continued.
+    """
     before = keep.cumsum(dim=1) - keep.long()
+    slots = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    last_live = torch.where(document >= 0, slots, 0).cummax(dim=1).values
+    current = document.gather(1, last_live)
     starts = torch.ones_like(document, dtype=torch.bool)
-    starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    starts[:, 1:] = current[:, 1:] != current[:, :-1]
     return before - torch.where(starts, before, 0).cummax(dim=1).values
 
 
@@ -330,7 +336,7 @@ def _text_name(role: Role) -> str:
 
 def _order_in_document(document: Tensor) -> Tensor:
     """`[B, S]` count of earlier live slots of the same document."""
-    return order_among(document >= 0, document)
+    return torch.where(document >= 0, order_among(document >= 0, document), 0)
 
 
 def _concatenate(maps: Sequence[TokenMap], dim: int) -> TokenMap:

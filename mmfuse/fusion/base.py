@@ -202,8 +202,8 @@ class Fusion(nn.Module):
         stale = self.stale_rows(tokens, cached)
         if bool(stale.any()):
             raise ValueError(
-                f"sample {int(stale.nonzero()[0])}: {type(self).__name__} lets cached tokens see the prompt tokens that "
-                "are being added, so the cache is stale. Prefill media and the prompt that speaks of them together"
+                f"sample {int(stale.nonzero()[0])}: {type(self).__name__} lets cached tokens see the prompt tokens "
+                "that are being added, so the cache is stale. Prefill media and the prompt that speaks of them together"
             )
 
     def stale_rows(self, tokens: TokenMap, cached: int) -> Tensor:

@@ -11,7 +11,7 @@
 
 Paper: Yuan et al., SAISA, arXiv 2502.02458: in layer i the image slots hold `MLP_i(F)` of the encoder's features F; the
 layer's own norm, k and v projections make keys and values of them (positions as ever), and only text issues queries
-and passes the feed-forward network. It equals a causal decoder whose image slots are overwritten in front of each layer.
+and passes the feed-forward network. It equals a causal decoder whose image slots are overwritten before each layer.
 
 The projector of the first layer is the model's connector; each other layer has one of the same kind, which starts as a
 copy of it. With the `mlp` connector these are the paper's "n separate 2-layer MLPs", as many as it counts. The paper's

@@ -64,13 +64,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, 
 
 def _sdpa_with_mass(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor) -> Tensor:
     """The mass as the score of one more key: a column of q against a 1 in that key alone, with a value of 0."""
-    score = (mass.to(q.dtype) / scale)[:, None, :, None].expand(*q.shape[:3], 1)
+    finite = mass > -torch.inf
+    score = (mass.masked_fill(~finite, 0.0).to(q.dtype) / scale)[:, None, :, None].expand(*q.shape[:3], 1)
     real, last = k.new_zeros(*k.shape[:3], 1), k.new_zeros(*k.shape[:2], 1, k.shape[3] + 1)
     last[..., -1] = 1.0
     keys = torch.cat([torch.cat([k, real], dim=-1), last], dim=2)
     # The value is as wide as the key, for the fused kernels that ask for it.
     values = torch.cat([torch.cat([v, real], dim=-1), torch.zeros_like(last)], dim=2)
-    mask = F.pad(visibility.dense(), (0, 1), value=True).unsqueeze(1)
+    # A row that sees nothing is given this key, whose value is 0: fused kernels disagree about rows without a key.
+    column = (finite | visibility.dead_rows()).unsqueeze(-1)
+    mask = torch.cat([visibility.dense(), column], dim=-1).unsqueeze(1)
     grouped = q.shape[1] != k.shape[1]
     queries = torch.cat([q, score], dim=-1)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)

@@ -9,7 +9,7 @@ Shapes: `B` samples, `S` tokens of this call, `T` of them text, `M` media tokens
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,7 +112,7 @@ class AsideLayers:
         return torch.where(index >= 0, index + self._run.cached, -1)
 
     def _remember(self, text: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Slots of all keys of text and of all media, cached ones first; there is always one for media, if only padding."""
+        """Slots of all keys of text and of all media, cached ones first; of media there is one, if only padding."""
         cache = self._cache
         if cache is not None and cache.text is not None and cache.places is not None:
             text, places = torch.cat([cache.text, text], dim=1), torch.cat([cache.places, places], dim=1)
@@ -133,11 +133,12 @@ class AsideLayers:
     def _layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> Tensor:
         run = self._run
         seen: list[Tensor] = []
-        request = Request(self._self, run.backend, record=self._recorder(seen))
+        request = Request(self._self, run.backend, record=self._recorder(self._keys, seen))
         if run.fusion.changes(index):
             keys, values = self._media_keys(index, layer, media)
             if run.fusion.joins_attention:
-                request = replace(request, visibility=self._joined, media=(keys, values))
+                record = self._recorder(torch.cat([self._keys, self._places], dim=1))
+                request = Request(self._joined, run.backend, record, media=(keys, values))
             elif text.shape[1]:
                 text = run.fusion.cross_attend(index, text, self._look(keys, values, seen))
         if not text.shape[1]:
@@ -169,22 +170,18 @@ class AsideLayers:
 
         return look
 
-    def _recorder(self, seen: list[Tensor]) -> Recorder | None:
-        """Puts weights where their tokens stand in the sequence; what a cross-attention has `seen` is added."""
+    def _recorder(self, keys: Tensor, seen: Sequence[Tensor] = ()) -> Recorder | None:
+        """Puts weights of `keys [B, K]` where they stand in the sequence, with what a cross-attention has `seen`."""
         record = self._run.record
         if record is None:
             return None
 
         def expanded(layer: int, weights: Tensor) -> None:
-            keys = (
-                torch.cat([self._keys, self._places], dim=1) if weights.shape[3] > self._keys.shape[1] else self._keys
-            )
             whole = self._spread(weights, keys[:, -weights.shape[3] :])
             for cross in seen:
                 # Its heads are others than the layer's: their mean is shown beside each.
-                whole = whole + self._spread(
-                    cross.mean(1, keepdim=True).expand(-1, weights.shape[1], -1, -1), self._places
-                )
+                mean = cross.mean(1, keepdim=True).expand(-1, weights.shape[1], -1, -1)
+                whole = whole + self._spread(mean, self._places)
             record(layer, whole)
 
         return expanded

@@ -87,7 +87,7 @@ class TextStream:
 
 
 def _order(is_media: Tensor, is_pad: Tensor, text: int) -> Tensor:
-    """`[B, S]`: where each slot's key is in `[text, media]`; one row `[1, S]` if all samples agree. Padding takes any."""
+    """`[B, S]`: where each slot's key is in `[text, media]` (padding: any); one row `[1, S]` if all samples agree."""
     nth_text = (~is_media & ~is_pad).cumsum(1) - 1
     order = torch.where(is_media, text + is_media.cumsum(1) - 1, nth_text).clamp(min=0).masked_fill(is_pad, 0)
     return order[:1] if bool((order == order[:1]).all()) else order
