@@ -24,7 +24,7 @@ ANSWER = {"role": "assistant", "content": "12 34"}
 
 @pytest.fixture(scope="module")
 def encoder() -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(), ChatFormat(), VISUAL_TOKENS)
+    return ChatEncoder(load_tokenizer(), ChatFormat(), {"image": VISUAL_TOKENS})
 
 
 def chat(*messages: dict, images: int = 1, key: str = "a.tar:0") -> Sample:

@@ -14,7 +14,7 @@ from mmfuse.models.chat import ChatEncoder, ChatFormat, EncodedSample, content_t
 
 TOKENIZER = load_tokenizer()
 VISUAL = 2
-ENCODER = ChatEncoder(TOKENIZER, ChatFormat(), visual_tokens=VISUAL)
+ENCODER = ChatEncoder(TOKENIZER, ChatFormat(), media_tokens={"image": VISUAL})
 IMAGE = object()  # the encoder passes images through without looking at them
 
 ROLES = {1: "prompt", 2: "answer"}
@@ -158,7 +158,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_template_renders_what_the_encoder_encodes(name: str, conversation: Any, generation: bool) -> None:
     style = FORMATS[name]
-    encoder = ChatEncoder(TOKENIZER, style, visual_tokens=1)
+    encoder = ChatEncoder(TOKENIZER, style, media_tokens={"image": 1})
     texts = [style.begin]
     images = 0
     for message in conversation:

@@ -109,7 +109,7 @@ def test_apply_chat_template_gives_the_encoders_ids(processor: MultimodalProcess
     rendered = processor.apply_chat_template(talk, add_generation_prompt=generation)
     expected = processor.encoder.encode_messages(talk, [picture(0)], generation=generation).input_ids.tolist()
     ids = processor.tokenizer.encode(rendered, add_special_tokens=False)
-    at = ids.index(processor.encoder.image_id)
+    at = ids.index(processor.encoder.media_ids["image"])
     assert ids[:at] + [ids[at]] * 4 + ids[at + 1 :] == expected
 
 
