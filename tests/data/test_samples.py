@@ -147,6 +147,14 @@ def test_split_answer_names_what_has_none(sample: Sample, message: str) -> None:
     assert str(raised.value).startswith(message)
 
 
+def test_an_answer_may_say_what_is_no_placeholder_here() -> None:
+    tag = {"role": "assistant", "content": "the tag <audio>"}
+    assert split_answer(chat(QUESTION, tag))[1] == "the tag <audio>"
+    heard = Sample("k", (), (QUESTION, tag), None, {}, audio=("clip",))
+    with pytest.raises(ValueError, match="k: the last answer holds <audio>; answers are compared as text"):
+        split_answer(heard)
+
+
 @pytest.mark.parametrize("part", ["align", "instruct", "val", "test"])
 def test_handwriting_is_read_as_it_was_made(part: str, tmp_path: Path, encoder: ChatEncoder) -> None:
     spec = Handwriting(align=12, instruct=20, turns=5, val=28, test=42, shift=0.5, gain=0.3, per_shard=16)
