@@ -6,9 +6,13 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from mmfuse.cli import COMMANDS
 from mmfuse.fusion import FUSIONS
+from mmfuse.models.connectors import build_connector
+from mmfuse.models.encoders import build_encoder
+from mmfuse.models.media import MEDIA
 from mmfuse.sequence import TokenMap
 
 ROOT = Path(__file__).parents[1]
@@ -50,3 +54,16 @@ def test_example_strategy_does_what_its_picture_says() -> None:
     rows = re.findall(r"^      [SIQA] (.*)$", source, flags=re.MULTILINE)
     drawn = [[column < len(row) and row[column] == "#" for column in range(0, 2 * len(tokens), 2)] for row in rows]
     assert namespace["ImageIsland"]().visibility(tokens).dense()[0].tolist() == drawn  # type: ignore[operator]
+
+
+def test_features_of_the_data_page_fit_their_connector() -> None:
+    page = (ROOT / "docs/data.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)
+    network = yaml.safe_load(block)["model"]["network"]
+    for name, spec in network["encoders"].items():
+        encoder = build_encoder(spec)
+        connector = build_connector(network["connectors"][name], encoder.hidden_size, 32, encoder.grid)
+        assert connector.num_tokens(encoder.num_tokens) == 10
+    for name, medium in MEDIA.items():
+        for word in (name, medium.placeholder, medium.features):
+            assert f"`{word}`" in page

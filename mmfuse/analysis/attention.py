@@ -17,7 +17,7 @@ from torch import Tensor
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.data.samples import Sample, encode_sample
 from mmfuse.models import MultimodalLM, MultimodalProcessor
-from mmfuse.models.chat import IMAGE_TOKEN, content_text
+from mmfuse.models.chat import content_text, without_placeholders
 from mmfuse.sequence import Modality, TokenMap
 
 
@@ -81,9 +81,12 @@ def visual_grid(model: MultimodalLM) -> tuple[int, int]:
     """Rows and columns of the visual tokens that an image becomes.
 
     Raises:
-        ValueError: the visual tokens are not the encoder's grid, as behind a resampler or a pooling connector, or with
-            a CLS token among them: they have no place in the image at which attention could be drawn.
+        ValueError: the model has no encoder for images, or the visual tokens are not its grid, as behind a resampler or
+            a pooling connector, or with a CLS token among them: they have no place in the image at which attention
+            could be drawn.
     """
+    if "image" not in model.encoders:
+        raise ValueError(f"no attention maps: the model takes no images, only {', '.join(model.encoders) or 'text'}")
     encoder: Any = model.encoders["image"]
     rows, cols = encoder.grid
     visual_tokens = model.visual_tokens("image")
@@ -226,4 +229,4 @@ def _with_answer(sample: Sample, answer: str) -> Sample:
 
 def _last_question(sample: Sample) -> str:
     asked = [message for message in sample.messages or () if message["role"] == "user"]
-    return content_text(asked[-1]["content"], sample.key).replace(IMAGE_TOKEN, "").strip() if asked else ""
+    return without_placeholders(content_text(asked[-1]["content"], sample.key)) if asked else ""

@@ -132,8 +132,8 @@ def plot_predictions(
         box = (left / total[0], (top - side) / total[1], side / total[0], side / total[1])
         axes = figure.add_axes(box)
         axes.set_anchor("SW")
-        if sample.images:
-            _show(axes, sample.images[0])
+        if sample.pictures:
+            _show(axes, sample.pictures[0])
         else:
             axes.set(xticks=[], yticks=[], facecolor="#F4F4F2")
             axes.text(0.5, 0.5, "no image", ha="center", va="center", color=SOFT, transform=axes.transAxes)

@@ -1,8 +1,8 @@
-"""Asks a model questions and collects its answers, with the images or blind."""
+"""Asks a model questions and collects its answers, with the media or blind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.data.samples import Sample, encode_sample, split_answer
 from mmfuse.models import EncodedSample, MultimodalLM, MultimodalProcessor
-from mmfuse.models.chat import IMAGE_TOKEN, content_text
+from mmfuse.models.chat import content_text, without_placeholders
+from mmfuse.models.media import Features
 
 #: `progress(answered, total)`, called after each batch.
 Progress = Callable[[int, int], None]
@@ -30,7 +31,7 @@ class Prediction:
     Attributes:
         key: of the sample.
         family: of the question, `info["family"]` of the sample; `"all"` if it names none.
-        question: the last text from the user, without image placeholders.
+        question: the last text from the user, without placeholders.
         answer: the expected answer.
         prediction: the model's answer, without special tokens and outer whitespace.
         index: of the sample in the list that was asked about.
@@ -80,8 +81,9 @@ def answer_questions(
         samples: dialogues that end with the expected answer; earlier turns stay in the prompt.
         batch_size: questions that are answered together.
         max_new_tokens: after which an answer is cut.
-        blind: replace each image by a plain one, see `plain_image`. The prompt keeps its length and its tokens; what
-            is still answered is known from the question, or from how bright the image is.
+        blind: replace each image by a plain one, see `plain_image`, and precomputed features by their mean over the
+            medium's tokens. The prompt keeps its length and its tokens; what is still answered is known from the
+            question, from how bright the image is, or from what the features say on average.
         progress: called after each batch.
 
     Returns:
@@ -125,17 +127,29 @@ def plain_image(image: Any) -> Any:
     return np.broadcast_to(mean, pixels.shape).copy()
 
 
+def _without_content(sample: Sample, features: Container[str]) -> Sample:
+    """The sample with every medium made plain; those of the modalities in `features` come as features."""
+    plain: dict[str, tuple[Any, ...]] = {}
+    for name, items in sample.media.items():
+        if name in features:
+            given = (item if isinstance(item, Features) else Features.of(item, sample.key) for item in items)
+            plain[name] = tuple(item.plain() for item in given)
+        else:
+            plain[name] = tuple(plain_image(item) for item in items)
+    return replace(sample, images=plain["image"], audio=plain["audio"], eeg=plain["eeg"])
+
+
 def _ask(sample: Sample, processor: MultimodalProcessor, blind: bool) -> tuple[Prediction, EncodedSample]:
     """The question without a prediction yet, and its prompt."""
     prompt, answer = split_answer(sample)
     messages = prompt.messages
     if not messages or messages[-1]["role"] != "user":
         raise ValueError(f"{sample.key}: the last answer follows no question of the user")
-    question = content_text(messages[-1]["content"], sample.key).replace(IMAGE_TOKEN, "").strip()
+    question = without_placeholders(content_text(messages[-1]["content"], sample.key))
     families = sample.info.get("family") or [NO_FAMILY]
     family = families if isinstance(families, str) else families[-1]
     if blind:
-        prompt = replace(prompt, images=tuple(plain_image(image) for image in prompt.images))
+        prompt = _without_content(prompt, processor.feature_shapes)
     encoded = encode_sample(prompt, processor.encoder, generation=True)
     return Prediction(sample.key, str(family), question, answer.strip(), "", -1), encoded
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -15,11 +16,11 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
-from mmfuse.errors import ConfigError
+from mmfuse.errors import ConfigError, unknown
 from mmfuse.models.attention import ATTENTION
-from mmfuse.models.chat import IMAGE_TOKEN
 from mmfuse.models.config import MultimodalConfig, decoder_config
-from mmfuse.models.encoders import VisionEncoder
+from mmfuse.models.encoders import Encoder, VisionEncoder
+from mmfuse.models.media import MEDIA
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.models.processor import MultimodalProcessor
 
@@ -49,14 +50,14 @@ class NetworkSpec:
 def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[MultimodalLM, MultimodalProcessor]:
     """Build a model and the processor that feeds it.
 
-    The tokenizer gets `<image>` and, if it has none, a padding token; the decoder's vocabulary grows to hold them, and
-    a decoder without a `vocab_size` of its own takes the tokenizer's.
+    The tokenizer gets the placeholders of the model's modalities, such as `<image>`, and, if it has none, a padding
+    token; the decoder's vocabulary grows to hold them, and a decoder without a `vocab_size` of its own takes the
+    tokenizer's.
 
     Raises:
         ConfigError: unknown names or keys, or a vocabulary that is too small.
     """
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
+    media_token_ids = _placeholder_ids(spec.encoders, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     settings = dict(spec.decoder)
@@ -68,7 +69,7 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
         encoders=spec.encoders,
         connectors=spec.connectors,
         fusion=spec.fusion,
-        media_token_ids={"image": cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))},
+        media_token_ids=media_token_ids,
         attention_backend=spec.attention_backend,
     )
     model = MultimodalLM(config)
@@ -86,19 +87,38 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
 def processor_for(
     model: MultimodalLM, tokenizer: PreTrainedTokenizerBase, chat_format: dict[str, str] | None = None
 ) -> MultimodalProcessor:
-    """The processor that fits a model's image encoder: its size, normalisation and number of visual tokens."""
-    encoder = cast(VisionEncoder, model.encoders["image"])
-    height, width = encoder.image_size
-    image_processor = SiglipImageProcessor(
-        size={"height": height, "width": width},
-        resample=PILImageResampling.BICUBIC,
-        image_mean=list(encoder.image_mean),
-        image_std=list(encoder.image_std),
-        do_convert_rgb=True,
-    )
+    """The processor that fits a model: tokens and features by modality, and size and normalisation of its images."""
+    encoders = {name: cast(Encoder, encoder) for name, encoder in model.encoders.items()}
+    image_processor = SiglipImageProcessor()
+    if isinstance(vision := encoders.get("image"), VisionEncoder):
+        height, width = vision.image_size
+        image_processor = SiglipImageProcessor(
+            size={"height": height, "width": width},
+            resample=PILImageResampling.BICUBIC,
+            image_mean=list(vision.image_mean),
+            image_std=list(vision.image_std),
+            do_convert_rgb=True,
+        )
     return MultimodalProcessor(
-        image_processor, tokenizer, visual_tokens=model.visual_tokens("image"), chat_format=chat_format
+        image_processor,
+        tokenizer,
+        media_tokens={name: model.visual_tokens(name) for name in encoders},
+        feature_shapes={name: encoder.input_shape for name, encoder in encoders.items() if encoder.precomputed},
+        chat_format=chat_format,
     )
+
+
+def _placeholder_ids(modalities: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The token id of each modality's placeholder, which is added to the tokenizer if it is missing."""
+    found = {}
+    for name in modalities:
+        if name not in MEDIA:
+            raise ConfigError(unknown("modality", name, MEDIA))
+        text = MEDIA[name].placeholder
+        if tokenizer.convert_tokens_to_ids(text) in (None, tokenizer.unk_token_id):
+            tokenizer.add_special_tokens({"additional_special_tokens": [text]}, replace_extra_special_tokens=False)
+        found[name] = cast(int, tokenizer.convert_tokens_to_ids(text))
+    return found
 
 
 def _checkpoint_config(pretrained: str, settings: dict[str, Any]) -> PreTrainedConfig:

@@ -6,7 +6,7 @@ and searching in the result, tells exactly which tokens are prompt (answer heade
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from mmfuse.errors import unknown
+from mmfuse.models.media import MEDIA
 from mmfuse.sequence import Modality, Role
 
 Message = Mapping[str, Any]
-
-IMAGE_TOKEN = "<image>"
+#: By modality, each in reading order.
+Media = Mapping[str, Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class ChatFormat:
 
     def template(self) -> str:
         """The same format as a Jinja chat template, for `apply_chat_template` and other tools."""
-        texts = (self.begin, self.system, self.user, self.assistant, IMAGE_TOKEN, self.end, self.assistant)
-        return (
+        placeholders = ", ".join(f"'{name}': '{medium.placeholder}'" for name, medium in MEDIA.items())
+        texts = (self.begin, self.system, self.user, self.assistant, self.end, self.assistant)
+        return f"{{% set media = {{{placeholders}}} %}}" + (
             "{{{{ '{}' }}}}{{% for message in messages %}}"
             "{{{{ {{'system': '{}', 'user': '{}', 'assistant': '{}'}}[message['role']] }}}}"
             "{{% if message['content'] is string %}}{{{{ message['content'] }}}}{{% else %}}"
             "{{% for part in message['content'] %}}"
-            "{{{{ '{}' if part['type'] == 'image' else part['text'] }}}}"
+            "{{{{ media[part['type']] if part['type'] in media else part['text'] }}}}"
             "{{% endfor %}}{{% endif %}}{{{{ '{}' }}}}{{% endfor %}}"
             "{{% if add_generation_prompt %}}{{{{ '{}' }}}}{{% endif %}}"
         ).format(*(_jinja_string(text) for text in texts))
@@ -72,14 +74,18 @@ class EncodedSample:
     Attributes:
         input_ids: int64 `[S]`.
         table: int64 `[4, S]`, the rows modality, role, segment and turn of a `TokenMap`.
-        images: what the image processor takes, in reading order.
+        media: by modality and in reading order, what the processor takes.
         key: names the sample in messages.
     """
 
     input_ids: NDArray[np.int64]
     table: NDArray[np.int64]
-    images: list[Any] = field(default_factory=list)
+    media: Mapping[str, list[Any]] = field(default_factory=dict)
     key: str = "sample"
+
+    @property
+    def images(self) -> list[Any]:
+        return self.media.get("image", [])
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -89,87 +95,127 @@ class ChatEncoder:
     """Encodes messages and documents with one tokenizer and format.
 
     Args:
-        tokenizer: knows `<image>` as one token.
+        tokenizer: knows the placeholder of each modality as one token.
         chat_format: the strings around messages.
-        visual_tokens: how many tokens of the decoder an image becomes.
+        media_tokens: for each modality of the model, how many tokens of the decoder one medium becomes.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, visual_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, chat_format: ChatFormat, media_tokens: Mapping[str, int]
+    ) -> None:
         self.tokenizer = tokenizer
         self.format = chat_format
-        self.visual_tokens = visual_tokens
-        self.image_id = cast(int, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        self.media_tokens = dict(media_tokens)
+        placeholders = {name: MEDIA[name].placeholder for name in media_tokens}
+        self.media_ids = {name: cast(int, tokenizer.convert_tokens_to_ids(text)) for name, text in placeholders.items()}
+        self._modality_of = {token_id: name for name, token_id in self.media_ids.items()}
         # The same headers and questions come again and again; tokenising them once makes encoding cheap.
         self._ids = lru_cache(maxsize=1 << 16)(lambda text: tuple(tokenizer.encode(text, add_special_tokens=False)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The cache stays behind: a worker process that is spawned gets a new one.
-        return ChatEncoder, (self.tokenizer, self.format, self.visual_tokens)
+        return ChatEncoder, (self.tokenizer, self.format, self.media_tokens)
 
     def encode_messages(
-        self, messages: Sequence[Message], images: Sequence[Any] = (), *, generation: bool = False, key: str = "sample"
+        self,
+        messages: Sequence[Message],
+        media: Media | Sequence[Any] = (),
+        *,
+        generation: bool = False,
+        key: str = "sample",
     ) -> EncodedSample:
         """Messages as a sample.
 
         Args:
             messages: `{"role": "system" | "user" | "assistant", "content": text or parts}`; an image stands as
-                `<image>` in a text, or as `{"type": "image"}` among parts.
-            images: the images, in reading order.
+                `<image>` in a text, or as `{"type": "image"}` among parts, and other modalities likewise.
+            media: the media by modality, in reading order; a list holds images.
             generation: end with the header of an answer that is still to come.
             key: names the sample in messages.
 
         Raises:
-            ValueError: an unknown role, or a different number of placeholders than images.
+            ValueError: an unknown role, a different number of placeholders than media, or a modality that the model
+                does not take.
         """
         runs: list[tuple[str, Role]] = [(self.format.begin, Role.PROMPT)]
         for message in messages:
-            header, text = self.format.header(message["role"]), content_text(message["content"], key)
+            header = self.format.header(message["role"])
+            text = content_text(message["content"], key, self.media_tokens)
             if message["role"] == "assistant":
                 runs += [(header, Role.PROMPT), (text + self.format.end, Role.ANSWER)]
             else:
                 runs.append((header + text + self.format.end, Role.PROMPT))
         if generation:
             runs.append((self.format.assistant, Role.PROMPT))
-        return self._encode(runs, images, key)
+        return self._encode(runs, media, key)
 
-    def encode_document(self, text: str, images: Sequence[Any] = (), *, key: str = "sample") -> EncodedSample:
+    def encode_document(self, text: str, media: Media | Sequence[Any] = (), *, key: str = "sample") -> EncodedSample:
         """A document such as `<image>a caption`, without instruction: all its text is what the model should say."""
         runs = [(self.format.begin, Role.PROMPT), (text + self.format.end, Role.ANSWER)]
-        return self._encode(runs, images, key)
+        return self._encode(runs, media, key)
 
-    def _encode(self, runs: Sequence[tuple[str, Role]], images: Sequence[Any], key: str) -> EncodedSample:
+    def _encode(self, runs: Sequence[tuple[str, Role]], media: Media | Sequence[Any], key: str) -> EncodedSample:
         columns: list[tuple[int, int, int, int, int, int]] = []
-        segment, turn, found, answered = -1, 0, 0, False
+        found = dict.fromkeys(self.media_tokens, 0)
+        segment, turn, answered = -1, 0, False
         for text, role in _joined(runs):
             if answered and role != Role.ANSWER:
                 turn, answered = turn + 1, False
             run_begins = True
             for token in self._ids(text):
-                if token == self.image_id:
-                    segment, found, run_begins = segment + 1, found + 1, True
-                    columns.append((token, Modality.IMAGE, Role.PROMPT, segment, turn, self.visual_tokens))
+                if token in self._modality_of:
+                    name = self._modality_of[token]
+                    found[name] += 1
+                    segment, run_begins = segment + 1, True
+                    modality = Modality[name.upper()]
+                    columns.append((token, modality, Role.PROMPT, segment, turn, self.media_tokens[name]))
                     continue
                 segment, run_begins = segment + run_begins, False
                 columns.append((token, Modality.TEXT, role, segment, turn, 1))
             answered = answered or role == Role.ANSWER
-        if found != len(images):
-            raise ValueError(f"{key}: {found} {IMAGE_TOKEN} placeholders in the text but {len(images)} images")
+        by_modality = media if isinstance(media, Mapping) else {"image": media}
+        _check_media(found, by_modality, key)
         table = np.array(columns, dtype=np.int64).reshape(-1, 6)
         table = np.repeat(table, table[:, 5], axis=0).T
-        return EncodedSample(input_ids=table[0], table=table[1:5], images=list(images), key=key)
+        kept = {name: list(by_modality[name]) for name, count in found.items() if count}
+        return EncodedSample(input_ids=table[0], table=table[1:5], media=kept, key=key)
 
 
-def content_text(content: str | Sequence[Mapping[str, Any]], key: str = "sample") -> str:
-    """A message's content as one text with `<image>` where images stand."""
+def content_text(
+    content: str | Sequence[Mapping[str, Any]], key: str = "sample", modalities: Iterable[str] = tuple(MEDIA)
+) -> str:
+    """A message's content as one text, with placeholders where media of these modalities stand."""
     if isinstance(content, str):
         return content
     texts = []
     for part in content:
-        kind = part.get("type")
-        if kind not in ("text", "image"):
-            raise ValueError(f"{key}: {unknown('content part', kind, ('text', 'image'))}")
-        texts.append(IMAGE_TOKEN if kind == "image" else part["text"])
+        kind: Any = part.get("type")
+        if kind != "text" and kind not in modalities:
+            raise ValueError(f"{key}: {unknown('content part', kind, ('text', *modalities))}")
+        texts.append(part["text"] if kind == "text" else MEDIA[kind].placeholder)
     return "".join(texts)
+
+
+def without_placeholders(text: str) -> str:
+    """A text to be shown: no placeholders, no outer whitespace."""
+    for medium in MEDIA.values():
+        text = text.replace(medium.placeholder, "")
+    return text.strip()
+
+
+def _check_media(found: Mapping[str, int], media: Media, key: str) -> None:
+    """Raise ValueError unless as many media are given as placeholders were found, in each modality of the model."""
+    for name, given in media.items():
+        if len(given) and name not in found:
+            taken = ", ".join(found) or "text only"
+            raise ValueError(f"{key}: the model takes {taken}, but {len(given)} {MEDIA[name].plural} are given")
+    for name, count in found.items():
+        given = media.get(name, ())
+        if len(given) != count:
+            medium = MEDIA[name]
+            raise ValueError(
+                f"{key}: {count} {medium.placeholder} placeholders in the text but {len(given)} {medium.plural}"
+            )
 
 
 def _joined(runs: Sequence[tuple[str, Role]]) -> list[tuple[str, Role]]:

@@ -1,4 +1,4 @@
-"""MultimodalProcessor: from messages and images to the batch that `MultimodalLM` takes."""
+"""MultimodalProcessor: from messages and media to the batch that `MultimodalLM` takes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedTokenizerBase, ProcessorMixin, SiglipImageProcessor
 from transformers.image_utils import SizeDict
 
-from mmfuse.errors import check_keys
+from mmfuse.errors import ConfigError, DataError, check_keys, unknown
 from mmfuse.fusion import IGNORED_LABEL
-from mmfuse.models.chat import IMAGE_TOKEN, ChatEncoder, ChatFormat, EncodedSample, Message
+from mmfuse.models.chat import ChatEncoder, ChatFormat, EncodedSample, Message
+from mmfuse.models.media import MEDIA, Features
 from mmfuse.sequence import Side, TokenMap
 
 Batch = dict[str, Tensor | TokenMap]
@@ -26,34 +27,52 @@ class MultimodalProcessor(ProcessorMixin):
     """Tokenizer, image processor and chat format of a model.
 
     Args:
-        image_processor: a Hugging Face image processor; sizes and normalises.
-        tokenizer: a Hugging Face tokenizer that knows `<image>` as one token.
-        visual_tokens: how many tokens of the decoder an image becomes.
+        image_processor: a Hugging Face image processor; sizes and normalises. Hugging Face asks for one in any case; a
+            model without a tower for images does not use it.
+        tokenizer: a Hugging Face tokenizer that knows the placeholder of each modality as one token.
+        visual_tokens: short for `media_tokens={"image": visual_tokens}`.
         chat_format: the fields of a `ChatFormat`.
         chat_template: Jinja template for other tools; made from the chat format if not given.
+        media_tokens: for each modality of the model, how many tokens of the decoder one medium becomes; an image in 1
+            token if not given.
+        feature_shapes: for each modality that comes as precomputed features, their shape `[V, D]`.
 
     Raises:
-        ValueError: the tokenizer does not know `<image>` or has no padding token.
+        ConfigError: modalities that do not exist or do not fit together.
+        ValueError: the tokenizer does not know a placeholder or has no padding token.
     """
 
     def __init__(
         self,
         image_processor: BaseImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
-        visual_tokens: int = 1,
+        visual_tokens: int | None = None,
         chat_format: Mapping[str, str] | None = None,
         chat_template: str | None = None,
+        media_tokens: Mapping[str, int] | None = None,
+        feature_shapes: Mapping[str, Sequence[int]] | None = None,
     ) -> None:
         check_keys("chat_format", chat_format or {}, asdict(ChatFormat()))
         style = ChatFormat(**(chat_format or {}))
         super().__init__(image_processor, tokenizer, chat_template=chat_template or style.template())
-        self.visual_tokens = visual_tokens
+        if visual_tokens is not None and media_tokens is not None:
+            raise ConfigError("give `media_tokens` or, for images alone, `visual_tokens`, but not both")
+        self.media_tokens = dict(media_tokens) if media_tokens is not None else {"image": visual_tokens or 1}
+        self.feature_shapes = {name: list(shape) for name, shape in (feature_shapes or {}).items()}
         self.chat_format = asdict(style)
-        if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-            raise ValueError(f"the tokenizer does not know {IMAGE_TOKEN}; add it with tokenizer.add_special_tokens")
+        _check_modalities(self.media_tokens, self.feature_shapes)
+        for name in self.media_tokens:
+            placeholder = MEDIA[name].placeholder
+            if tokenizer.convert_tokens_to_ids(placeholder) in (None, tokenizer.unk_token_id):
+                raise ValueError(f"the tokenizer does not know {placeholder}; add it with tokenizer.add_special_tokens")
         if tokenizer.pad_token_id is None:
             raise ValueError("the tokenizer has no pad_token")
-        self._encoder = ChatEncoder(tokenizer, style, visual_tokens)
+        self._encoder = ChatEncoder(tokenizer, style, self.media_tokens)
+
+    @property
+    def visual_tokens(self) -> int:
+        """How many tokens an image becomes."""
+        return self.media_tokens["image"]
 
     def to_dict(self) -> dict[str, Any]:
         # The encoder is made of the other attributes and is no part of what is saved.
@@ -71,6 +90,8 @@ class MultimodalProcessor(ProcessorMixin):
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         images: Sequence[Any] | Sequence[Sequence[Any]] = (),
+        audio: Sequence[Any] | Sequence[Sequence[Any]] = (),
+        eeg: Sequence[Any] | Sequence[Sequence[Any]] = (),
         *,
         generation: bool = False,
     ) -> Batch:
@@ -78,30 +99,37 @@ class MultimodalProcessor(ProcessorMixin):
 
         Args:
             messages: one conversation or several.
-            images: the images of the one conversation, or a list of images for each.
+            images: the images of the one conversation, or a list of images for each; likewise `audio` and `eeg`.
+            audio: features `[V, D]`.
+            eeg: features `[V, D]`.
             generation: prompts for `generate`: each ends with an answer header, is padded on the left, has no labels.
 
         Returns:
-            `input_ids [B, S]`, `tokens` (TokenMap), `pixel_values [N, 3, H, W]` if there are images, and
-            `labels [B, S]` unless `generation`.
+            `input_ids [B, S]`, `tokens` (TokenMap), the media that there are by the model's own keywords, such as
+            `pixel_values [N, 3, H, W]` and `audio_features [N, V, D]`, and `labels [B, S]` unless `generation`.
         """
         single = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Any = [messages] if single else messages
-        media: Any = [images] if single else (images or [()] * len(conversations))
-        samples = [
-            self.encoder.encode_messages(conversation, own, generation=generation, key=f"conversation {i}")
-            for i, (conversation, own) in enumerate(zip(conversations, media, strict=True))
-        ]
+        given = {"image": images, "audio": audio, "eeg": eeg}
+        media: dict[str, Any] = {
+            name: [own] if single else own if len(own) else [()] * len(conversations) for name, own in given.items()
+        }
+        samples = []
+        for i, (conversation, *own) in enumerate(zip(conversations, *media.values(), strict=True)):
+            by_modality = dict(zip(media, own, strict=True))
+            samples.append(
+                self.encoder.encode_messages(conversation, by_modality, generation=generation, key=f"conversation {i}")
+            )
         return self.collate(samples, side="left" if generation else "right", supervised=not generation)
 
     def collate(self, samples: Sequence[EncodedSample], *, side: Side = "right", supervised: bool = True) -> Batch:
         """Pad encoded samples into a batch; labels are the ids of answer tokens and -100 elsewhere.
 
         Images may be PIL images of any mode, or arrays: uint8 `[H, W]` or `[H, W, 3]`, or whatever else the image
-        processor takes.
+        processor takes. Features may be arrays or tensors `[V, D]` of any float dtype, or `Features`.
 
         Raises:
-            ValueError: no samples.
+            ValueError: no samples, or features of another shape than the model takes.
             TypeError: an image that is neither a PIL image nor an array or tensor.
         """
         if not samples:
@@ -118,16 +146,55 @@ class MultimodalProcessor(ProcessorMixin):
         ids, modality, role, segment, turn, position = torch.from_numpy(table)
         tokens = TokenMap(modality, role, segment, turn, torch.where(turn >= 0, 0, -1), position)
         batch: Batch = {"input_ids": ids, "tokens": tokens}
-        images = [_checked(image, sample.key) for sample in samples for image in sample.images]
-        if images:
-            batch["pixel_values"] = _pixel_values(self.image_processor, images)
+        batch |= self._media_inputs(samples)
         if supervised:
             batch["labels"] = torch.where(tokens.is_answer, ids, IGNORED_LABEL)
         return batch
 
+    def _media_inputs(self, samples: Sequence[EncodedSample]) -> dict[str, Tensor]:
+        """The media of all samples in reading order, by the model's keywords."""
+        found: dict[str, Tensor] = {}
+        for name in self.media_tokens:
+            items = [
+                (item, sample.key, number)
+                for sample in samples
+                for number, item in enumerate(sample.media.get(name, ()))
+            ]
+            shape = self.feature_shapes.get(name)
+            if items and shape is not None:
+                values = [_feature_values(item, shape, f"{key}, {name} {number}") for item, key, number in items]
+                found[MEDIA[name].features] = torch.from_numpy(np.stack(values))
+            elif items:
+                images = [_checked(item, key) for item, key, _ in items]
+                found[cast(str, MEDIA[name].raw)] = _pixel_values(self.image_processor, images)
+        return found
+
+
+def _check_modalities(media_tokens: Mapping[str, int], feature_shapes: Mapping[str, Sequence[int]]) -> None:
+    for name in (*media_tokens, *feature_shapes):
+        if name not in MEDIA:
+            raise ConfigError(unknown("modality", name, MEDIA))
+    for name in feature_shapes:
+        if name not in media_tokens:
+            raise ConfigError(f"feature_shapes names {name}, media_tokens does not")
+    for name in media_tokens:
+        if MEDIA[name].raw is None and name not in feature_shapes:
+            raise ConfigError(f"{name} comes as features; feature_shapes must say in which shape")
+
+
+def _feature_values(item: Any, shape: Sequence[int], where: str) -> NDArray[np.float32]:
+    features = item if isinstance(item, Features) else Features.of(item, where)
+    if list(features.values.shape) != list(shape):
+        raise DataError(
+            f"{features.where}: features have shape {list(features.values.shape)}, the model takes {list(shape)}"
+        )
+    return features.values
+
 
 def _checked(image: Any, key: str) -> Any:
     # Image processors also take names of files and addresses; a sample must not make a training job fetch those.
+    if isinstance(image, Features):
+        raise TypeError(f"{image.where}: the model takes images, and these are features")
     if not isinstance(image, (Image.Image, np.ndarray, Tensor)):
         raise TypeError(f"{key}: an image must be a PIL image, an array or a tensor, got {type(image).__name__}")
     return image

@@ -29,17 +29,21 @@ class StrictParser(argparse.ArgumentParser):
 
 def generate(argv: Sequence[str]) -> int:
     """Answer one prompt with a trained model."""
-    parser = StrictParser("generate", "Answer one prompt with a trained model, with or without images.")
+    parser = StrictParser("generate", "Answer one prompt with a trained model, with or without media.")
     parser.add_argument("--ckpt", required=True, help="a run folder, or a model saved by save_pretrained")
     parser.add_argument("--prompt", required=True, help="what to ask")
     parser.add_argument("--image", action="append", default=[], help="an image file; repeat for several")
+    parser.add_argument("--audio", action="append", default=[], help="a file of audio features; repeat for several")
+    parser.add_argument("--eeg", action="append", default=[], help="a file of EEG features; repeat for several")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="the longest answer, in tokens (default: 64)")
     parser.add_argument("--num_beams", type=int, default=1, help="beams; 1 is greedy (default: 1)")
     options = parser.parse(argv[1:])
     folder = model_folder(Path(options.ckpt))
-    for image in options.image:
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"--image {image}: there is no such file")
+    files = {name: [Path(path) for path in getattr(options, name)] for name in ("image", "audio", "eeg")}
+    for name, paths in files.items():
+        for path in paths:
+            if not path.is_file():
+                raise FileNotFoundError(f"--{name} {path}: there is no such file")
 
     from mmfuse.training.inference import answer, load_model
 
@@ -49,7 +53,9 @@ def generate(argv: Sequence[str]) -> int:
             model,
             processor,
             options.prompt,
-            [Path(image) for image in options.image],
+            files["image"],
+            files["audio"],
+            files["eeg"],
             max_new_tokens=options.max_new_tokens,
             num_beams=options.num_beams,
         )

@@ -10,9 +10,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
+from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
 from mmfuse.errors import ConfigError
 from mmfuse.models import MultimodalLM, MultimodalProcessor
-from mmfuse.models.chat import IMAGE_TOKEN
+from mmfuse.models.media import MEDIA, Features
 
 
 def load_model(folder: Path) -> tuple[MultimodalLM, MultimodalProcessor]:
@@ -29,6 +30,8 @@ def answer(
     processor: MultimodalProcessor,
     prompt: str,
     images: Sequence[Path] = (),
+    audio: Sequence[Path] = (),
+    eeg: Sequence[Path] = (),
     *,
     max_new_tokens: int = 64,
     num_beams: int = 1,
@@ -38,26 +41,53 @@ def answer(
     Args:
         model: see `load_model`.
         processor: of that model.
-        prompt: the question; without an `<image>` of its own, the images stand before it.
-        images: image files, in reading order.
+        prompt: the question; without an `<image>` of its own, the images stand before it, and likewise `<audio>` and
+            `<eeg>`.
+        images: image files, in reading order; of features for a model that takes images as such.
+        audio: files of features, in reading order.
+        eeg: files of features, in reading order.
         max_new_tokens: after which the answer is cut.
         num_beams: 1 is greedy.
 
     Raises:
-        ConfigError: an image that cannot be read, or another number of `<image>` marks than images.
+        ConfigError: an image that cannot be read, another number of marks than media, or media that the model does not
+            take.
+        DataError: features that cannot be read.
     """
-    marks = "" if IMAGE_TOKEN in prompt else (IMAGE_TOKEN + "\n") * len(images)
+    files = {"image": images, "audio": audio, "eeg": eeg}
+    marks = "".join(
+        f"{MEDIA[name].placeholder}\n" * len(paths)
+        for name, paths in files.items()
+        if MEDIA[name].placeholder not in prompt
+    )
     messages = [{"role": "user", "content": marks + prompt}]
-    pictures = [open_image(path) for path in images]
+    pictures = [open_features(path) if _holds_features(path) else open_image(path) for path in images]
+    heard, recorded = ([open_features(path) for path in paths] for paths in (audio, eeg))
     try:
-        batch = processor(messages, pictures, generation=True)
-    except ValueError as error:
+        batch = processor(messages, pictures, heard, recorded, generation=True)
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"--prompt: {error}") from error
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in batch.items()}
     with torch.inference_mode():
         made = model.generate(**inputs, max_new_tokens=max_new_tokens, num_beams=num_beams, do_sample=False)
     text = processor.tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text).strip()
+
+
+def open_features(path: Path) -> Features:
+    """Read a file of features.
+
+    Raises:
+        ConfigError: the file's name has another ending than files of features have.
+        DataError: it cannot be read, see `decode_features`.
+    """
+    if not _holds_features(path):
+        raise ConfigError(f"{path}: expected features, in a file .{' or .'.join(FEATURE_FORMATS)}")
+    return decode_features(path.read_bytes(), path.suffix.lower()[1:], str(path))
+
+
+def _holds_features(path: Path) -> bool:
+    return path.suffix.lower()[1:] in FEATURE_FORMATS
 
 
 def open_image(path: Path) -> Image.Image:

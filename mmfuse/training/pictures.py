@@ -61,10 +61,10 @@ def answer_pictures(
     caption = "Held-out questions: what was expected, what was answered, and the answer without the image in grey."
     pictures.append(Picture("Answers", caption, plots / "predictions.png"))
     shown = _one_per_family(seen)
-    with_image = [number for number in shown if source[number].images]
+    with_image = [number for number in shown if source[number].pictures]
     if with_image:
         # Something to ask `mmfuse generate` about.
-        image = source[with_image[0]].images[0]
+        image = source[with_image[0]].pictures[0]
         (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(plots / "example.png")
     if with_image and _has_grid(module):
         examples = attention_examples(

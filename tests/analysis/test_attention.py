@@ -125,6 +125,8 @@ def test_a_resampler_has_no_grid():
     with pytest.raises(ValueError, match="AvgPoolConnector gives 1 visual tokens, but the encoder's grid has 2 × 2"):
         attention_to_image(model, batch)
     assert visual_grid(tiny_model()) == (2, 2)
+    with pytest.raises(ValueError, match="no attention maps: the model takes no images, only audio"):
+        visual_grid(tiny_model(modalities=("audio",)))
 
 
 @pytest.fixture(scope="module")

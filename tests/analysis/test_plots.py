@@ -15,6 +15,7 @@ from PIL import Image
 from mmfuse.analysis import AttentionExample, plot_attention, plot_families, plot_losses, plot_predictions
 from mmfuse.analysis.plots import read_metrics, smooth
 from mmfuse.data import Sample
+from mmfuse.models.media import Features
 
 
 @dataclass
@@ -169,13 +170,15 @@ def test_a_sheet_shows_any_text_and_any_image(tmp_path):
         sample("d", "RGBA"),
         sample("e", images=0),
         Sample("f", (np.zeros((8, 8), np.uint8),), None, "x", {}),
+        Sample("g", (Features.of(np.zeros((3, 5)), "g.npy"),), None, "x", {}),
     ]
-    odd = ["$x^2", "\x00\x07\ufffd", "word " * 60, "", "w" * 300, "<script>"]
+    odd = ["$x^2", "\x00\x07\ufffd", "word " * 60, "", "w" * 300, "<script>", "features"]
     given = [Answer(s.key, text, text, text, False) for s, text in zip(samples, odd, strict=True)]
     path = tmp_path / "sheet.svg"
     plot_predictions(samples, given, path, blind=given)
     text = texts(path)
-    assert "no image" in text and "(nothing)" in text and "$x^2" in text
+    assert text.count("no image") == 2
+    assert "(nothing)" in text and "$x^2" in text
     with matplotlib.rc_context({"figure.dpi": 10}):
         plot_predictions(samples[:1], given[:1], tmp_path / "sheet.png", columns=4)
 

@@ -24,7 +24,7 @@ ANSWER = {"role": "assistant", "content": "12 34"}
 
 @pytest.fixture(scope="module")
 def encoder() -> ChatEncoder:
-    return ChatEncoder(load_tokenizer(), ChatFormat(), VISUAL_TOKENS)
+    return ChatEncoder(load_tokenizer(), ChatFormat(), {"image": VISUAL_TOKENS})
 
 
 def chat(*messages: dict, images: int = 1, key: str = "a.tar:0") -> Sample:
@@ -145,6 +145,14 @@ def test_split_answer_names_what_has_none(sample: Sample, message: str) -> None:
     with pytest.raises(ValueError) as raised:
         split_answer(sample)
     assert str(raised.value).startswith(message)
+
+
+def test_an_answer_may_say_what_is_no_placeholder_here() -> None:
+    tag = {"role": "assistant", "content": "the tag <audio>"}
+    assert split_answer(chat(QUESTION, tag))[1] == "the tag <audio>"
+    heard = Sample("k", (), (QUESTION, tag), None, {}, audio=("clip",))
+    with pytest.raises(ValueError, match="k: the last answer holds <audio>; answers are compared as text"):
+        split_answer(heard)
 
 
 @pytest.mark.parametrize("part", ["align", "instruct", "val", "test"])

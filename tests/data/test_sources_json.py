@@ -207,8 +207,8 @@ USER = {"role": "user", "content": "hi"}
         ({"messages": [{"role": "user", "content": None}]}, ": messages[0]: expected {'role': ..., 'content': text or"),
         ({"messages": [{"role": "user", "content": ["x"]}]}, ": messages[0]: unknown content part 'x'"),
         (
-            {"messages": [{"role": "user", "content": [{"type": "audio"}]}]},
-            ": messages[0]: unknown content part 'audio'",
+            {"messages": [{"role": "user", "content": [{"type": "video"}]}]},
+            ": messages[0]: unknown content part 'video'",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
@@ -220,7 +220,7 @@ USER = {"role": "user", "content": "hi"}
             {"conversations": [{"from": "humman", "value": ""}]},
             ": conversations[0]: unknown speaker 'humman': did you mean",
         ),
-        ({"text": "x", "video": "v.mp4"}, ": the record has 'video', which is not read; samples hold text and images"),
+        ({"text": "x", "video": "v.mp4"}, ": the record has 'video', which is not read; samples hold text, image,"),
         ({"text": "x", "image": "a.png", "images": ["b.png"]}, ": images are named twice"),
         ({"text": "x", "images": [1]}, ": images must be file names, got [1]"),
         ({"text": "x", "images": {"path": "a.png"}}, ": images must be file names, got {'path': 'a.png'}"),

@@ -11,7 +11,9 @@ from mmfuse.data import Sample, encode_sample, split_answer
 from mmfuse.data.handwriting_shards import Handwriting, samples
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
 from mmfuse.eval import Prediction, answer_questions, normalise, plain_image
+from mmfuse.models import NetworkSpec, build_network
 from mmfuse.models.build import processor_for
+from mmfuse.models.media import Features
 from mmfuse.testing import tiny_model
 
 
@@ -134,6 +136,26 @@ def test_blind_answers_are_those_to_plain_images(network, questions):
     assert blind == answer_questions(*network, plain, max_new_tokens=4)
     assert [item.prediction for item in blind] != [item.prediction for item in seen]
     assert [item.question for item in blind] == [item.question for item in seen]
+
+
+def test_blind_features_are_their_mean_in_every_token():
+    tokenizer = load_tokenizer()
+    decoder = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48}
+    audio = {"type": "precomputed", "hidden_size": 2, "num_tokens": 3}
+    spec = NetworkSpec(
+        decoder={**decoder, "num_hidden_layers": 1, "num_attention_heads": 4},
+        encoders={"audio": audio},
+        connectors={"audio": {"type": "linear"}},
+    )
+    model, processor = build_network(spec, tokenizer)
+    clips = [Features.of(np.array([[0.0, 1.0], [2.0, 1.0], [4.0, 7.0]]), "a"), np.ones((3, 2), np.float32)]
+    turns = ({"role": "user", "content": "<audio>7?<audio>"}, {"role": "assistant", "content": "yes"})
+    sample = Sample("s", (), turns, None, {}, audio=tuple(clips))
+    given = []
+    model.encoders["audio"].register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    (prediction,) = answer_questions(model, processor, [sample], max_new_tokens=1, blind=True)
+    assert prediction.question == "7?"
+    assert given[0].tolist() == [[[2.0, 3.0]] * 3, [[1.0, 1.0]] * 3]
 
 
 def test_every_module_gets_its_own_mode_back(network, questions):

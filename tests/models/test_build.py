@@ -78,6 +78,44 @@ def test_model_and_processor_fit_each_other(tmp_path: Path) -> None:
     assert torch.equal(loaded(**feeds(TALK, [PICTURE])).logits, logits)
 
 
+def test_modalities_get_their_placeholders_and_features(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer()
+    audio = {"type": "precomputed", "hidden_size": 5, "num_tokens": 6}
+    made = spec()
+    model, processor = build_network(
+        spec(
+            encoders={"audio": audio, **made.encoders},
+            connectors={"audio": {"type": "perceiver", "num_latents": 2}, **made.connectors},
+        ),
+        tokenizer,
+    )
+    assert tokenizer.convert_tokens_to_ids("<audio>") == 352
+    assert model.config.text_config.vocab_size == len(tokenizer) == 353
+    assert model.config.media_token_ids == {"audio": 352, "image": 7}
+    assert (processor.media_tokens, processor.feature_shapes) == ({"audio": 2, "image": 4}, {"audio": [6, 5]})
+    talk = [{"role": "user", "content": "<image><audio>What is 3?"}, *TALK[1:]]
+    batch = processor(talk, [PICTURE], [torch.randn(6, 5)])
+    logits = model.eval()(**batch).logits
+
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, feeds = MultimodalLM.from_pretrained(tmp_path), MultimodalProcessor.from_pretrained(tmp_path)
+    again = feeds(talk, [PICTURE], [batch["audio_features"][0]])
+    assert torch.equal(loaded(**again).logits, logits)
+
+
+def test_a_model_needs_no_tower(tmp_path: Path) -> None:
+    image = {"type": "precomputed", "hidden_size": 5, "num_tokens": 4, "grid": [2, 2]}
+    made = spec(encoders={"image": image}, connectors={"image": {"type": "pixel_shuffle"}})
+    model, processor = build_network(made, load_tokenizer())
+    assert processor.visual_tokens == model.visual_tokens() == 1
+    batch = processor(TALK, [torch.randn(4, 5)])
+    assert list(batch["image_features"].shape) == [1, 4, 5]
+    assert torch.isfinite(model(**batch).loss)
+    processor.save_pretrained(tmp_path)
+    assert MultimodalProcessor.from_pretrained(tmp_path).feature_shapes == {"image": [4, 5]}
+
+
 def test_the_processor_normalises_as_the_encoder_wants() -> None:
     clip = {"type": "hf", "config": {**VISION, "model_type": "clip_vision_model"}}
     model, processor = build_network(spec(encoders={"image": {**clip, "image_size": [16, 24]}}), load_tokenizer())
@@ -128,6 +166,7 @@ def test_chat_format_and_backend_reach_their_place() -> None:
     [
         (spec({"vocab_size": 351}), "decoder vocab_size is 351, but the tokenizer has 352 tokens; leave it out"),
         (spec({"hiden_size": 8}), "unknown key in decoder 'llama' 'hiden_size': did you mean 'hidden_size'?"),
+        (spec(encoders={"imag": {"type": "hf"}}), "unknown modality 'imag': did you mean 'image'?"),
         (spec(fusion="mmma"), "unknown fusion 'mmma': did you mean 'mma'?"),
         (spec(chat_format={"usr": "x"}), "unknown key in chat_format 'usr': did you mean 'user'?"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from typing import Any
 
@@ -10,15 +11,15 @@ import pytest
 from jinja2 import Environment
 
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
-from mmfuse.models.chat import ChatEncoder, ChatFormat, EncodedSample, content_text
+from mmfuse.models.chat import ChatEncoder, ChatFormat, EncodedSample, content_text, without_placeholders
 
 TOKENIZER = load_tokenizer()
 VISUAL = 2
-ENCODER = ChatEncoder(TOKENIZER, ChatFormat(), visual_tokens=VISUAL)
+ENCODER = ChatEncoder(TOKENIZER, ChatFormat(), media_tokens={"image": VISUAL})
 IMAGE = object()  # the encoder passes images through without looking at them
 
 ROLES = {1: "prompt", 2: "answer"}
-MODALITIES = {0: "text", 1: "image"}
+MODALITIES = {0: "text", 1: "image", 2: "audio", 3: "eeg"}
 
 
 def table(sample: EncodedSample) -> list[tuple[str, str, str, int, int]]:
@@ -83,6 +84,64 @@ def test_system_several_images_and_two_turns() -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def everything() -> ChatEncoder:
+    """An encoder for every modality, with a tokenizer of its own."""
+    tokenizer = load_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<audio>", "<eeg>"]}, replace_extra_special_tokens=False
+    )
+    encoder = ChatEncoder(tokenizer, ChatFormat(), {"image": 2, "audio": 3, "eeg": 1})
+    return pickle.loads(pickle.dumps(encoder))  # noqa: S301  # safe: pickled on this line
+
+
+def test_several_modalities(everything: ChatEncoder) -> None:
+    parts = [{"type": "audio"}, {"type": "text", "text": "1"}, {"type": "image"}, {"type": "eeg"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "<audio>2"}]
+    sample = everything.encode_messages(messages, {"image": ["i"], "audio": ["a", "b"], "eeg": ("e",)})
+    assert sample.media == {"image": ["i"], "audio": ["a", "b"], "eeg": ["e"]}
+    assert sample.images == ["i"]
+    names = everything.tokenizer.convert_ids_to_tokens(sample.input_ids.tolist())
+    modality, role, segment, _ = sample.table.tolist()
+    assert list(zip(names, (MODALITIES[m] for m in modality), segment, strict=True)) == [
+        *[("<|bos|>", "text", 0), ("<|user|>", "text", 0)],
+        *[("<audio>", "audio", 1)] * 3,
+        ("1", "text", 2),
+        *[("<image>", "image", 3)] * 2,
+        ("<eeg>", "eeg", 4),
+        *[("<|end|>", "text", 5), ("<|assistant|>", "text", 5)],
+        *[("<audio>", "audio", 6)] * 3,
+        *[("2", "text", 7), ("<|end|>", "text", 7)],
+    ]
+    assert {r for r, m in zip(role, modality, strict=True) if m} == {1}, "media are prompt, also in an answer"
+
+
+@pytest.mark.parametrize(
+    ("text", "media", "message"),
+    [
+        ("<audio>1<image>", {"image": ["i"]}, "row 7: 1 <audio> placeholders in the text but 0 audio clips"),
+        ("<eeg>", {"eeg": ["a", "b"]}, "row 7: 1 <eeg> placeholders in the text but 2 EEG recordings"),
+    ],
+)
+def test_placeholders_must_match_in_each_modality(
+    everything: ChatEncoder, text: str, media: dict[str, list[str]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        everything.encode_messages([{"role": "user", "content": text}], media, key="row 7")
+
+
+def test_modalities_that_the_model_lacks() -> None:
+    ask = [{"role": "user", "content": "1"}]
+    with pytest.raises(ValueError, match="row 7: the model takes image, but 2 audio clips are given"):
+        ENCODER.encode_messages(ask, {"audio": ["a", "b"]}, key="row 7")
+    with pytest.raises(ValueError, match=r"row 7: unknown content part 'audio'\. Known: image, text"):
+        ENCODER.encode_messages([{"role": "user", "content": [{"type": "audio"}]}], key="row 7")
+    said = ENCODER.encode_messages([{"role": "user", "content": "<audio>"}])
+    assert TOKENIZER.decode(said.input_ids) == "<|bos|><|user|><audio><|end|>", "to this model it is text"
+    with pytest.raises(ValueError, match="row 7: the model takes text only, but 1 images are given"):
+        ChatEncoder(TOKENIZER, ChatFormat(), {}).encode_messages(ask, ["i"], key="row 7")
+
+
 def test_a_prompt_for_generation_ends_with_the_answer_header() -> None:
     question = [{"role": "user", "content": "1?"}]
     prompt = ENCODER.encode_messages(question, generation=True)
@@ -133,6 +192,8 @@ def test_content_text() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": " b"}]
     assert content_text(parts) == "a<image> b"
     assert content_text("plain") == "plain"
+    assert content_text([{"type": "audio"}, {"type": "eeg"}]) == "<audio><eeg>"
+    assert without_placeholders(" <image>\nWhat <audio>is it? <eeg>") == "What is it?"
 
 
 CONVERSATIONS = [
@@ -146,6 +207,7 @@ CONVERSATIONS = [
         {"role": "assistant", "content": ""},
     ],
 ]
+TEMPLATED = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "3"}, {"type": "eeg"}]}]
 FORMATS = {
     "default": ChatFormat(),
     "lines": ChatFormat(system="<|system|>\n", user="<|user|>\n", assistant="<|assistant|>\n", end="<|end|>\n"),
@@ -158,7 +220,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_the_template_renders_what_the_encoder_encodes(name: str, conversation: Any, generation: bool) -> None:
     style = FORMATS[name]
-    encoder = ChatEncoder(TOKENIZER, style, visual_tokens=1)
+    encoder = ChatEncoder(TOKENIZER, style, media_tokens={"image": 1})
     texts = [style.begin]
     images = 0
     for message in conversation:
@@ -175,3 +237,8 @@ def test_the_template_renders_what_the_encoder_encodes(name: str, conversation: 
     assert TOKENIZER.decode(sample.input_ids, skip_special_tokens=False) == rendered
     if name != "quotes":
         assert sample.input_ids.tolist() == TOKENIZER.encode(rendered, add_special_tokens=False)
+
+
+def test_the_template_knows_every_modality() -> None:
+    rendered = Environment().from_string(ChatFormat().template()).render(messages=TEMPLATED)
+    assert rendered == "<|bos|><|user|><audio>3<eeg><|end|>"

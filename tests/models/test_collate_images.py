@@ -33,7 +33,7 @@ def processor_with(image_processor: Any) -> MultimodalProcessor:
 
 
 def sample(*images: Any, key: str = "sample") -> EncodedSample:
-    return EncodedSample(np.zeros(1, np.int64), np.zeros((4, 1), np.int64), list(images), key=key)
+    return EncodedSample(np.zeros(1, np.int64), np.zeros((4, 1), np.int64), {"image": list(images)}, key=key)
 
 
 def collated(image_processor: Any, images: list[Any]) -> torch.Tensor:

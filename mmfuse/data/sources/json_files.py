@@ -1,4 +1,4 @@
-"""JSON and JSON-lines files with images beside them: LLaVA conversations, chats, documents."""
+"""JSON and JSON-lines files with their media beside them: LLaVA conversations, chats, documents."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from PIL import Image
 
 from mmfuse.data.samples import Sample
+from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
 from mmfuse.data.sources.files import FilePool
 from mmfuse.data.sources.images import decode_image
 from mmfuse.data.sources.records import parse_record
 from mmfuse.errors import DataError
+from mmfuse.models.media import MEDIA
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
@@ -30,7 +31,7 @@ class JSONSource:
 
     Args:
         path: the file.
-        images: folder to which names of images are relative; without it, the file's own folder.
+        images: folder to which names of media are relative; without it, the file's own folder.
 
     Raises:
         DataError: naming file and line where it is no JSON, or file and record that cannot be used.
@@ -44,8 +45,9 @@ class JSONSource:
         spans: list[tuple[int, int]] = []
         for number, (begin, end, raw) in enumerate(_records(path, data)):
             where = f"{path}[{number}]"
-            for image in parse_record(raw, where).images:
-                self._image_path(image, where)
+            for modality, names in parse_record(raw, where).media.items():
+                for name in names:
+                    self._path(modality, name, where)
             spans.append((begin, end))
         if not spans:
             raise DataError(f"{path} holds no samples")
@@ -60,31 +62,46 @@ class JSONSource:
         begin, end = self._spans[at].tolist()
         key = f"{self.name}[{at}]"
         record = parse_record(json.loads(self._pool.read(0, begin, end - begin)), key)
-        images = tuple(self._image(name, key) for name in record.images)
-        return Sample(key, images, record.messages, record.text, record.info)
+        media = {
+            modality: tuple(self._medium(modality, name, key) for name in names)
+            for modality, names in record.media.items()
+        }
+        return Sample(
+            key, media["image"], record.messages, record.text, record.info, audio=media["audio"], eeg=media["eeg"]
+        )
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 over the file's name and contents; its images do not enter."""
+        """Return a SHA-256 over the file's name and contents; its media do not enter."""
         return hashlib.sha256(json.dumps([self.name, self._digest]).encode()).hexdigest()
 
-    def _image(self, name: str, key: str) -> Image.Image:
-        path = self._image_path(name, key)
+    def _medium(self, modality: str, name: str, key: str) -> Any:
+        path = self._path(modality, name, key)
         try:
             data = path.read_bytes()
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{key}: there is no image {path}") from error
+            raise FileNotFoundError(f"{key}: there is no {modality} {path}") from error
         except OSError as error:
-            raise OSError(f"{key}: cannot read the image {path}: {error}") from error
-        return decode_image(data, f"{key}, {path}")
+            raise OSError(f"{key}: cannot read the {modality} {path}: {error}") from error
+        ending = _ending(path)
+        where = f"{key}, {path}"
+        return decode_features(data, ending, where) if ending in FEATURE_FORMATS else decode_image(data, where)
 
-    def _image_path(self, name: str, where: str) -> Path:
+    def _path(self, modality: str, name: str, where: str) -> Path:
         """Data bring names from elsewhere: none may lead out of the folder of images."""
         if "://" in name or name.startswith("data:"):
-            raise DataError(f"{where}: the image {name!r:.80} is a URL; images are read from files")
+            plural = MEDIA[modality].plural
+            raise DataError(f"{where}: the {modality} {name!r:.80} is a URL; {plural} are read from files")
         path = Path(os.path.normpath(self._root / name))
         if not path.is_relative_to(self._root) or path == self._root:
-            raise DataError(f"{where}: the image {name!r} lies outside of the folder of images {self._root}")
+            raise DataError(f"{where}: the {modality} {name!r} lies outside of the folder of images {self._root}")
+        if modality != "image" and _ending(path) not in FEATURE_FORMATS:
+            formats = ", ".join(f".{ending}" for ending in FEATURE_FORMATS)
+            raise DataError(f"{where}: the {modality} {name!r} holds no features; expected one of {formats}")
         return path
+
+
+def _ending(path: Path) -> str:
+    return path.suffix.lower().removeprefix(".")
 
 
 def _records(path: Path, data: bytes) -> Iterator[tuple[int, int, Any]]:

@@ -8,26 +8,29 @@ from typing import Any, Final
 
 from mmfuse.errors import DataError, unknown
 from mmfuse.models.chat import Message
+from mmfuse.models.media import MEDIA
 
 _SPEAKERS: Final = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES: Final = ("system", "user", "assistant")
 _BODIES: Final = ("messages", "conversations", "text")
-_UNREAD: Final = ("video", "videos", "audio", "audios")
+_UNREAD: Final = ("video", "videos")
+#: Under which keys a record names the files of its media.
+_NAMES: Final = {"image": ("image", "images"), "audio": ("audio", "audios"), "eeg": ("eeg", "eegs")}
 
 
 @dataclass(frozen=True)
 class Record:
-    """A sample whose images are still names.
+    """A sample whose media are still names.
 
     Attributes:
         messages, text: exactly one is given, see `Sample`.
-        images: file names, in reading order.
+        media: for every modality the file names, in reading order.
         info: the other fields.
     """
 
     messages: tuple[Message, ...] | None
     text: str | None
-    images: tuple[str, ...]
+    media: dict[str, tuple[str, ...]]
     info: dict[str, Any]
 
 
@@ -35,7 +38,8 @@ def parse_record(raw: object, where: str) -> Record:
     """Check a record and bring it to one form.
 
     Args:
-        raw: what JSON gave: an object with `messages`, `conversations` (LLaVA) or `text`, and `image` or `images`.
+        raw: what JSON gave: an object with `messages`, `conversations` (LLaVA) or `text`, and the names of its media:
+            `image` or `images`, `audio` or `audios`, `eeg` or `eegs`.
         where: names the record in messages.
 
     Raises:
@@ -49,7 +53,9 @@ def parse_record(raw: object, where: str) -> Record:
         raise DataError(f"{where}: expected one of {', '.join(_BODIES)}; the record has {found}")
     for name in _UNREAD:
         if raw.get(name):
-            raise DataError(f"{where}: the record has {name!r}, which is not read; samples hold text and images")
+            raise DataError(
+                f"{where}: the record has {name!r}, which is not read; samples hold text, {', '.join(MEDIA)}"
+            )
     body = raw[bodies[0]]
     messages: tuple[Message, ...] | None = None
     if bodies[0] == "text":
@@ -60,8 +66,10 @@ def parse_record(raw: object, where: str) -> Record:
             raise DataError(f"{where}: {bodies[0]!r} must be a list with at least one message, got {_kind(body)}")
         one = _message if bodies[0] == "messages" else _utterance
         messages = tuple(one(message, f"{where}: {bodies[0]}[{number}]") for number, message in enumerate(body))
-    info = {name: value for name, value in raw.items() if name not in (*_BODIES, "image", "images")}
-    return Record(messages, body if messages is None else None, _image_names(raw, messages or (), where), info)
+    media = {modality: _file_names(modality, raw, messages or (), where) for modality in _NAMES}
+    read = {*_BODIES, *(key for keys in _NAMES.values() for key in keys)}
+    info = {name: value for name, value in raw.items() if name not in read}
+    return Record(messages, body if messages is None else None, media, info)
 
 
 def _utterance(raw: object, where: str) -> Message:
@@ -81,29 +89,33 @@ def _message(raw: object, where: str) -> Message:
     if isinstance(raw["content"], list):
         for part in raw["content"]:
             kind = part.get("type") if isinstance(part, Mapping) else part
-            if kind not in ("text", "image"):
-                raise DataError(f"{where}: {unknown('content part', kind, ('text', 'image'))}")
+            if kind not in ("text", *MEDIA):
+                raise DataError(f"{where}: {unknown('content part', kind, ('text', *MEDIA))}")
             if kind == "text" and not isinstance(part.get("text"), str):
                 raise DataError(f"{where}: a content part of type 'text' needs a string 'text', got {_kind(part)}")
     return {"role": raw["role"], "content": raw["content"]}
 
 
-def _image_names(raw: Mapping[str, Any], messages: tuple[Message, ...], where: str) -> tuple[str, ...]:
+def _file_names(modality: str, raw: Mapping[str, Any], messages: tuple[Message, ...], where: str) -> tuple[str, ...]:
     """Names stand beside the messages (`image` or `images`), or all in the content parts."""
-    beside = [name for name in ("image", "images") if raw.get(name)]
+    keys = _NAMES[modality]
+    beside = [name for name in keys if raw.get(name)]
     inside = [
-        part.get("image", part.get("path"))
+        part.get(modality, part.get("path"))
         for message in messages
         if not isinstance(message["content"], str)
         for part in message["content"]
-        if part["type"] == "image"
+        if part["type"] == modality
     ]
     if len(beside) + any(name is not None for name in inside) > 1:
-        raise DataError(f"{where}: images are named twice; give them in one of 'image', 'images' and content parts")
+        places = ", ".join(map(repr, keys))
+        raise DataError(
+            f"{where}: {MEDIA[modality].plural} are named twice; give them in one of {places} and content parts"
+        )
     names = raw[beside[0]] if beside else [] if all(name is None for name in inside) else inside
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise DataError(f"{where}: images must be file names, got {names!r:.80}")
+        raise DataError(f"{where}: {MEDIA[modality].plural} must be file names, got {names!r:.80}")
     return tuple(names)
 
 

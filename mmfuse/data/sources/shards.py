@@ -1,7 +1,8 @@
 """Webdataset shards, read at random.
 
 On opening, only the headers of the tar files are read. A sample is what shares a key, the name up to the first dot:
-`{key}.json` or `{key}.txt` or both, and images `{key}.0.png`, `{key}.1.png`, ... or a single `{key}.jpg`.
+`{key}.json` or `{key}.txt` or both, and images `{key}.0.png`, `{key}.1.png`, ... or a single `{key}.jpg`. Features
+name their modality: `{key}.audio.npy`, or `{key}.audio.0.npy`, `{key}.audio.1.npy`, ...
 """
 
 from __future__ import annotations
@@ -19,24 +20,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmfuse.data.samples import Sample
+from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
 from mmfuse.data.sources.files import FilePool
 from mmfuse.data.sources.images import FORMATS, decode_image
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.tar import Member, members
 from mmfuse.errors import DataError
-from mmfuse.models.chat import IMAGE_TOKEN
+from mmfuse.models.media import MEDIA
 
 _IMAGE: Final = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(FORMATS)})")
-_JSON, _TXT, _FIRST_IMAGE = 0, 1, 2
-_PICKLES: Final = ("pyd", "pkl", "pickle", "pth", "pt", "npy", "npz", "ten")
+_FEATURES: Final = re.compile(rf"({'|'.join(MEDIA)})\.(?:(\d+)\.)?({'|'.join(FEATURE_FORMATS)})")
+_PICKLES: Final = ("pyd", "pkl", "pickle", "pth", "pt", "npz", "ten")
+
+
+class _Kind(NamedTuple):
+    """What a member holds: a record (no modality), a picture, or features; and for features in which format."""
+
+    modality: str
+    ending: str
+
+
+_JSON, _TXT, _PICTURE = _Kind("", "json"), _Kind("", "txt"), _Kind("image", "picture")
+#: An index stores places in this table, and the fingerprint of a source knows them: new kinds come last.
+_KINDS: Final = (_JSON, _TXT, _PICTURE, *(_Kind(name, ending) for name in MEDIA for ending in FEATURE_FORMATS))
 
 
 class _Index(NamedTuple):
-    """Members of samples: those of sample `i` are `begins[i]` to `begins[i + 1]`, its images in reading order."""
+    """Members of samples: those of sample `i` are `begins[i]` to `begins[i + 1]`, its media in reading order."""
 
     keys: NDArray[np.bytes_]  # [N]
     begins: NDArray[np.int64]  # [N + 1]
-    kinds: NDArray[np.uint8]  # [M]: JSON, text or image
+    kinds: NDArray[np.uint8]  # [M]: places in _KINDS
     offsets: NDArray[np.int64]  # [M]
     sizes: NDArray[np.int64]  # [M]
 
@@ -51,7 +65,7 @@ class ShardSource:
 
     Raises:
         DataError: naming shard and key: a truncated or damaged tar, a sample without record or whose members do not
-            stand together, images with a gap in their numbers, a member that no sample can have.
+            stand together, media with a gap in their numbers, a member that no sample can have.
     """
 
     def __init__(
@@ -83,7 +97,7 @@ class ShardSource:
         if len(data) != end - begin:
             raise DataError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
         parts = [data[offset - begin : offset - begin + size] for offset, size in zip(offsets, sizes, strict=True)]
-        return _sample(key, kinds, parts)
+        return _sample(key, [_KINDS[kind] for kind in kinds], parts)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over names, sizes and tables of members, and over the manifest's checksums."""
@@ -95,11 +109,13 @@ class ShardSource:
         return digest.hexdigest()
 
 
-def _sample(key: str, kinds: Sequence[int], parts: Sequence[bytes]) -> Sample:
-    images = tuple(
-        decode_image(part, f"{key}, image {number}")
-        for number, part in enumerate(part for kind, part in zip(kinds, parts, strict=True) if kind >= _FIRST_IMAGE)
-    )
+def _sample(key: str, kinds: Sequence[_Kind], parts: Sequence[bytes]) -> Sample:
+    media: dict[str, list[Any]] = {name: [] for name in MEDIA}
+    for kind, part in zip(kinds, parts, strict=True):
+        if kind.modality:
+            own = media[kind.modality]
+            where = f"{key}, {kind.modality} {len(own)}"
+            own.append(decode_image(part, where) if kind == _PICTURE else decode_features(part, kind.ending, where))
     raw: Any = {}
     try:
         if _JSON in kinds:
@@ -110,12 +126,21 @@ def _sample(key: str, kinds: Sequence[int], parts: Sequence[bytes]) -> Sample:
     if text is not None:
         if not isinstance(raw, Mapping) or "text" in raw:
             raise DataError(f"{key}: beside {{key}}.txt, {{key}}.json must be an object without 'text'")
-        # Caption shards, as img2dataset writes them, have no placeholders: their images come first.
-        raw = {**raw, "text": text if IMAGE_TOKEN in text else IMAGE_TOKEN * len(images) + text}
+        raw = {**raw, "text": _with_placeholders(text, media)}
     record = parse_record(raw, key)
-    if record.images and not images:
-        raise DataError(f"{key}: the record names the image {record.images[0]!r}, but the shard has none for this key")
-    return Sample(key, images, record.messages, record.text, record.info)
+    for name, files in record.media.items():
+        if files and not media[name]:
+            raise DataError(f"{key}: the record names the {name} {files[0]!r}, but the shard has none for this key")
+    images, audio, eeg = (tuple(media[name]) for name in ("image", "audio", "eeg"))
+    return Sample(key, images, record.messages, record.text, record.info, audio=audio, eeg=eeg)
+
+
+def _with_placeholders(text: str, media: Mapping[str, Sequence[Any]]) -> str:
+    """A caption as img2dataset writes it has no placeholders: its media come first."""
+    present = {MEDIA[name].placeholder: len(items) for name, items in media.items() if items}
+    if any(placeholder in text for placeholder in present):
+        return text
+    return "".join(placeholder * count for placeholder, count in present.items()) + text
 
 
 def _index(pool: FilePool, number: int) -> _Index:
@@ -123,14 +148,14 @@ def _index(pool: FilePool, number: int) -> _Index:
     path = pool.paths[number]
     keys: list[bytes] = []
     begins, kinds, offsets, sizes = [0], list[int](), list[int](), list[int]()
-    current, seen, group = None, set[str](), list[tuple[int, Member]]()
+    current, seen, group = None, set[str](), list[tuple[_Part, Member]]()
 
     def close() -> None:
         group.sort()
-        _check_group(f"{path}:{current}", [kind for kind, _ in group])
+        _check_group(f"{path}:{current}", [part for part, _ in group])
         keys.append(str(current).encode("utf-8", "surrogateescape"))
-        for kind, member in group:
-            kinds.append(min(kind, _FIRST_IMAGE))
+        for part, member in group:
+            kinds.append(part.kind)
             offsets.append(member.offset)
             sizes.append(member.size)
         begins.append(len(kinds))
@@ -149,10 +174,10 @@ def _index(pool: FilePool, number: int) -> _Index:
                 raise DataError(f"{path}:{key}: the members of this key do not stand together, or it occurs twice")
             seen.add(key)
             current = key
-        kind = _member_kind(ending.lower())
-        if isinstance(kind, str):
-            raise DataError(f"{path}:{key}: {kind}")
-        group.append((kind, member))
+        part = _part(ending.lower())
+        if isinstance(part, str):
+            raise DataError(f"{path}:{key}: {part}")
+        group.append((part, member))
     if not group:
         raise DataError(f"{path} holds no samples")
     close()
@@ -165,24 +190,42 @@ def _index(pool: FilePool, number: int) -> _Index:
     )
 
 
+class _Part(NamedTuple):
+    """A member's part in its sample; they sort as the sample lists them."""
+
+    modality: str
+    number: int
+    kind: int  # a place in _KINDS
+
+
 @lru_cache(maxsize=1024)
-def _member_kind(ending: str) -> int | str:
+def _part(ending: str) -> _Part | str:
     """What a member is by its name's ending: JSON, text, image 0, image 1, ...; or why it is refused."""
     if ending in ("json", "txt"):
-        return _JSON if ending == "json" else _TXT
+        place = _KINDS.index(_Kind("", ending))
+        return _Part("", place, place)
     if image := _IMAGE.fullmatch(ending):
-        return _FIRST_IMAGE + int(image[1] or 0)
-    if ending.rpartition(".")[2] in _PICKLES:
-        return f"a member .{ending} is refused: loading a pickle can run code; use json, txt and images"
+        return _Part("image", int(image[1] or 0), _KINDS.index(_PICTURE))
+    if features := _FEATURES.fullmatch(ending):
+        modality, number, form = features.groups()
+        return _Part(modality, int(number or 0), _KINDS.index(_Kind(modality, form)))
+    last = ending.rpartition(".")[2]
+    if last in _PICKLES:
+        return f"a member .{ending} is refused: loading a pickle can run code; use json, txt, images and features"
+    if last in FEATURE_FORMATS:
+        return f"a member .{ending} is refused: features name their modality, as in .{next(iter(MEDIA))}.{last}"
     return f"unknown member .{ending}; samples consist of .json or .txt, and images: {', '.join(FORMATS)}"
 
 
-def _check_group(where: str, kinds: list[int]) -> None:
-    """`kinds` is sorted."""
-    if kinds[0] not in (_JSON, _TXT):
-        raise DataError(f"{where}: images without a record; expected {{key}}.json or {{key}}.txt beside them")
-    if len(set(kinds)) != len(kinds):
-        raise DataError(f"{where}: two members are the same part of the sample (two records, or images of one number)")
-    images = [kind - _FIRST_IMAGE for kind in kinds if kind >= _FIRST_IMAGE]
-    if images and (images[0] > 1 or images[-1] - images[0] != len(images) - 1):
-        raise DataError(f"{where}: images are numbered {images}; expected {list(range(len(images)))}")
+def _check_group(where: str, parts: list[_Part]) -> None:
+    """`parts` is sorted."""
+    if parts[0].modality:
+        plural = MEDIA[parts[0].modality].plural
+        raise DataError(f"{where}: {plural} without a record; expected {{key}}.json or {{key}}.txt beside them")
+    if len({(part.modality, part.number) for part in parts}) != len(parts):
+        raise DataError(f"{where}: two members are the same part of the sample (two records, or media of one number)")
+    for modality, medium in MEDIA.items():
+        numbers = [part.number for part in parts if part.modality == modality]
+        if numbers and (numbers[0] > 1 or numbers[-1] - numbers[0] != len(numbers) - 1):
+            expected = list(range(len(numbers)))
+            raise DataError(f"{where}: {medium.plural} are numbered {numbers}; expected {expected}")
