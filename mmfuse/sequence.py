@@ -208,6 +208,10 @@ class TokenMap:
         )
         return _concatenate([self, added], dim=1)
 
+    def followed_by(self, other: TokenMap) -> TokenMap:
+        """These slots and those of `other` behind them, as they are: `[B, S + S']`."""
+        return _concatenate([self, other], dim=1)
+
     def repeat(self, times: int) -> TokenMap:
         """Each row `times` times in place, as beam search orders its beams: `[B * times, S]`."""
         return self._map(lambda _, value: value.repeat_interleave(times, dim=0))

@@ -6,6 +6,7 @@ from mmfuse.models.build import NetworkSpec, build_network
 from mmfuse.models.chat import ChatFormat, EncodedSample
 from mmfuse.models.config import MultimodalConfig
 from mmfuse.models.modeling import MultimodalLM, MultimodalOutput
+from mmfuse.models.prefix import PrefixCache
 from mmfuse.models.processor import MultimodalProcessor
 
 AutoConfig.register(MultimodalConfig.model_type, MultimodalConfig)
@@ -21,5 +22,6 @@ __all__ = [
     "MultimodalOutput",
     "MultimodalProcessor",
     "NetworkSpec",
+    "PrefixCache",
     "build_network",
 ]

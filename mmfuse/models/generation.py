@@ -98,6 +98,9 @@ class MultimodalGenerationMixin(GenerationMixin):
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         """Beams repeat samples; media are listed by sample, so a sample's media are repeated as a group."""
         tokens = model_kwargs.pop("tokens")
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() and expand_size > 1:
+            cache.batch_repeat_interleave(expand_size)
         media = {modality: model_kwargs.pop(name, None) for modality, name in self.input_names.items()}
         repeated_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             expand_size, is_encoder_decoder, input_ids, **model_kwargs
