@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "predict": Command("mmfuse.training.cli", "main", "write a checkpoint's answers for a data set"),
     "generate": Command("mmfuse.training.commands", "generate", "answer one prompt, with or without an image"),
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
+    "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),
 }
 

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmfuse.fusion.flops import causal_flops, text_stream_flops
 from mmfuse.fusion.shape import DecoderShape
 from mmfuse.kernels import Axis, Condition, Rules, Visibility
 from mmfuse.sequence import Modality, TokenMap
@@ -176,6 +177,24 @@ class Fusion(nn.Module):
         for layer in self.layers or ():
             if not 0 <= layer < count:
                 raise ValueError(f"{type(self).__name__}(layers=…) names layer {layer}; the decoder has 0..{count - 1}")
+
+    # What a strategy costs, as its paper counts
+
+    def layer_flops(self, shape: DecoderShape, text: int, visual: int) -> int:
+        """FLOPs of a layer that the strategy changes, for one sample (see `mmfuse.fusion.flops`).
+
+        The defaults are those of a strategy that changes the mask alone, or media under `MediaPath.KEYS`.
+        """
+        if self.media_path is MediaPath.KEYS:
+            update = self.media_update
+            return text_stream_flops(shape, text, visual, value_output=update.value_output, ffn=update.feed_forward)
+        return causal_flops(shape, text, visual)
+
+    def convention_flops(self, shape: DecoderShape, text: int, visual: int) -> int:
+        """FLOPs of all decoder layers for one sample; the layers that are not changed run the strategy's base."""
+        changed = sum(self.changes(layer) for layer in range(shape.layers))
+        base = causal_flops(shape, text, 0 if self.media_path is MediaPath.ASIDE else visual)
+        return changed * self.layer_flops(shape, text, visual) + (shape.layers - changed) * base
 
     # What a strategy refuses
 

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.fusion.aside import Reach, aside_visibility
 from mmfuse.fusion.base import Fusion, Look, MediaPath, NewConnector
+from mmfuse.fusion.flops import causal_flops, cross_attention_flops
 from mmfuse.fusion.shape import DecoderShape
 from mmfuse.kernels import Visibility
 from mmfuse.sequence import TokenMap
@@ -82,6 +83,17 @@ class GatedCrossAttention(Fusion):
 
     def changes(self, layer: int) -> bool:
         return super().changes(layer) and (self.layers is not None or (layer + 1) % self.every == 0)
+
+    def layer_flops(self, shape: DecoderShape, text: int, visual: int) -> int:
+        block = cross_attention_flops(
+            shape,
+            text,
+            visual,
+            media_width=shape.hidden_size,
+            inner=self.heads * self.head_dim,
+            ff_mult=self.feed_forward_mult,
+        )
+        return causal_flops(shape, text, 0) + block
 
     def visibility(self, tokens: TokenMap) -> Visibility:
         return aside_visibility(tokens, self.reach)

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from mmfuse.fusion.aside import aside_visibility
 from mmfuse.fusion.base import Fusion, MediaPath, NewConnector
+from mmfuse.fusion.flops import causal_flops, hyper_attention_flops
 from mmfuse.fusion.shape import DecoderShape
 from mmfuse.kernels import Visibility
 from mmfuse.sequence import TokenMap
@@ -57,6 +58,9 @@ class HyperAttention(Fusion):
         for layer in range(shape.layers):
             if self.changes(layer):
                 self.projections[str(layer)] = nn.Linear(shape.hidden_size, 2 * shape.kv_heads * shape.head_dim)
+
+    def layer_flops(self, shape: DecoderShape, text: int, visual: int) -> int:
+        return causal_flops(shape, text, 0) + hyper_attention_flops(shape, text, visual)
 
     def visibility(self, tokens: TokenMap) -> Visibility:
         return aside_visibility(tokens, "all")

@@ -44,6 +44,7 @@ from torch.nn import functional as F
 
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.fusion.base import Fusion, NewConnector
+from mmfuse.fusion.flops import moda_flops
 from mmfuse.fusion.shape import DecoderShape
 from mmfuse.sequence import TokenMap, order_among
 
@@ -109,6 +110,9 @@ class ModularDuplexAttention(Fusion):
             if self.changes(layer):
                 fusers = {way: KeyFuser(shape.head_dim, self.fuse) for way in self.directions}
                 self.fusers[str(layer)] = nn.ModuleDict(fusers)
+
+    def layer_flops(self, shape: DecoderShape, text: int, visual: int) -> int:
+        return moda_flops(shape, text, visual, directions=self.directions, concat=self.fuse == "concat")
 
     def adjust_keys(self, layer: int, k: Tensor, v: Tensor, tokens: TokenMap) -> Tensor:
         fusers = cast(nn.ModuleDict, self.fusers[str(layer)])

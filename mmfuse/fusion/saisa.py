@@ -30,6 +30,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from mmfuse.fusion.base import CLASSES, TEXT_ROWS, Fusion, MediaPath, MediaSource, NewConnector, axis_of
+from mmfuse.fusion.flops import text_stream_flops
 from mmfuse.fusion.shape import DecoderShape
 from mmfuse.kernels import Visibility
 from mmfuse.sequence import TokenMap
@@ -54,6 +55,13 @@ class SAISA(Fusion):
         for projectors in self.projectors.values():
             for name, projector in cast(nn.ModuleDict, projectors).items():
                 projector.load_state_dict(connectors[name].state_dict())
+
+    def layer_flops(self, shape: DecoderShape, text: int, visual: int) -> int:
+        # All projectors are alike, and each of their weights meets each visual token once.
+        alike = (next(iter(cast(nn.ModuleDict, projectors).values())) for projectors in self.projectors.values())
+        projector = next(alike, None)
+        weights = 0 if projector is None else sum(p.numel() for p in projector.parameters() if p.ndim == 2)
+        return text_stream_flops(shape, text, visual, projector=2 * weights)
 
     def visibility(self, tokens: TokenMap) -> Visibility:
         axis = axis_of(tokens)

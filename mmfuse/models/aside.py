@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from mmfuse.fusion.base import Look
-from mmfuse.kernels import Visibility, attend
+from mmfuse.kernels import Visibility
 from mmfuse.kernels.attention import attention_weights
 from mmfuse.models.attention import Recorder, Request
 from mmfuse.models.layer_parts import LayerParts
@@ -133,12 +133,12 @@ class AsideLayers:
     def _layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> Tensor:
         run = self._run
         seen: list[Tensor] = []
-        request = Request(self._self, run.backend, record=self._recorder(self._keys, seen))
+        request = Request(self._self, run.attention, record=self._recorder(self._keys, seen))
         if run.fusion.changes(index):
             keys, values = self._media_keys(index, layer, media)
             if run.fusion.joins_attention:
                 record = self._recorder(torch.cat([self._keys, self._places], dim=1))
-                request = Request(self._joined, run.backend, record, media=(keys, values))
+                request = Request(self._joined, run.attention, record, media=(keys, values))
             elif text.shape[1]:
                 text = run.fusion.cross_attend(index, text, self._look(keys, values, seen))
         if not text.shape[1]:
@@ -166,7 +166,7 @@ class AsideLayers:
         def look(queries: Tensor) -> Tensor:
             if self._run.record is not None:
                 seen.append(attention_weights(queries, keys, self._cross))
-            return attend(queries, keys, values, self._cross, backend=self._run.backend)
+            return self._run.attention(queries, keys, values, self._cross)
 
         return look
 

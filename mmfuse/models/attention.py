@@ -25,6 +25,9 @@ ATTENTION = "mmfuse"
 #: `record(layer, weights [B, H, Sq, Sk])`, called by each layer whose attention is being looked at.
 Recorder = Callable[[int, Tensor], None]
 
+#: What computes attention: called as `attend` is, without a backend, and returns what it would.
+AttentionFunction = Callable[..., Tensor]
+
 #: From the keys and values `[B, Hkv, rows, Dh]` of the rows that a layer was given to those of all new tokens.
 Enter = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -39,7 +42,7 @@ class Request:
 
     Attributes:
         visibility: which keys its rows see.
-        backend: of `attend`.
+        attention: `attend` with the backend that was asked for, or what stands in for it.
         record: is given the layer's weights.
         enter: applied to keys and values where they enter the cache, and at the same point without a cache.
         mass: `[B, rows]`, see `attend`.
@@ -47,7 +50,7 @@ class Request:
     """
 
     visibility: Visibility
-    backend: str = "auto"
+    attention: AttentionFunction = attend
     record: Recorder | None = None
     enter: Enter | None = None
     mass: Tensor | None = None
@@ -116,7 +119,7 @@ def visible_attention(
     if request.record is not None:
         weights = attention_weights(query, key, visibility, scale=scaling, mass=request.mass)
         request.record(module.layer_idx, weights)  # type: ignore[arg-type]
-    out = attend(query, key, value, visibility, scale=scaling, mass=request.mass, backend=request.backend)
+    out = request.attention(query, key, value, visibility, scale=scaling, mass=request.mass)
     return out.transpose(1, 2).contiguous(), None
 
 

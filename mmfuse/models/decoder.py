@@ -10,6 +10,7 @@ Shapes: `B` samples, `S` tokens of this call, `D` hidden size.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from mmfuse.fusion.base import Fusion, MediaPath, base_visibility
+from mmfuse.kernels import attend
 from mmfuse.models.aside import AsideCache, AsideLayers
-from mmfuse.models.attention import Enter, Recorder, Request
+from mmfuse.models.attention import AttentionFunction, Enter, Recorder, Request
 from mmfuse.models.layer_parts import PARTS, LayerParts
 from mmfuse.models.passes import Pass
 from mmfuse.models.text_stream import TextStream
@@ -34,6 +36,7 @@ def run_decoder(
     features: Mapping[str, Tensor] | None = None,
     cache: Cache | None = None,
     attention_backend: str = "auto",
+    attention: AttentionFunction = attend,
     record: Recorder | None = None,
 ) -> Tensor:
     """Run the decoder's layers and final norm.
@@ -46,6 +49,7 @@ def run_decoder(
         features: for each modality what its encoder gave for the new media, `[N, V, De]`.
         cache: keys and values of earlier calls, made by `new_cache`; extended in place.
         attention_backend: a backend of `attend`.
+        attention: stands in for `attend`, as the profiler's does, which counts.
         record: is given each layer's attention weights.
 
     Returns:
@@ -65,7 +69,8 @@ def run_decoder(
     if cached:
         fusion.check_cached(tokens, cached)
     parts = PARTS[decoder.config.model_type]
-    run = Pass(decoder.model, embeds, tokens, cached, fusion, cache, attention_backend, record, dict(features or {}))
+    attention = partial(attention, backend=attention_backend)
+    run = Pass(decoder.model, embeds, tokens, cached, fusion, cache, attention, record, dict(features or {}))
     if fusion.media_path is MediaPath.ASIDE:
         return AsideLayers(run, parts)()
     return _run_in_sequence(run, parts)
@@ -112,9 +117,9 @@ class _Rows:
     def request(self, index: int) -> Request:
         run = self._run
         if not run.fusion.changes(index):
-            return Request(self._unchanged, run.backend, run.record)
+            return Request(self._unchanged, run.attention, run.record)
         enter = self._enter(index) if run.fusion.adjusts_keys else None
-        return Request(self._changed, run.backend, run.record, enter, self._mass)
+        return Request(self._changed, run.attention, run.record, enter, self._mass)
 
     def _enter(self, index: int) -> Enter:
         fusion, tokens = self._run.fusion, self._run.new

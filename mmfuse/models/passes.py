@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from mmfuse.fusion.base import Fusion, MediaSource
-from mmfuse.models.attention import EnteringCache, Recorder, Request
+from mmfuse.models.attention import AttentionFunction, EnteringCache, Recorder, Request
 from mmfuse.models.layer_parts import Rotary
 from mmfuse.sequence import TokenMap
 
@@ -28,7 +28,7 @@ class Pass:
         cached: how many tokens earlier calls have left in the cache.
         fusion: the strategy.
         cache: keys and values of earlier calls.
-        backend: of `attend`.
+        attention: `attend` with the backend that was asked for, or what stands in for it.
         record: is given each layer's attention weights.
         features: for each modality what its encoder gave for the new media `[N, V, De]`.
     """
@@ -39,7 +39,7 @@ class Pass:
     cached: int
     fusion: Fusion
     cache: Cache | None
-    backend: str
+    attention: AttentionFunction
     record: Recorder | None
     features: dict[str, Tensor]
 

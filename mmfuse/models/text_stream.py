@@ -55,7 +55,7 @@ class TextStream:
         keys, values = parts.keys_and_values(media, _at(rotary, self._media))
         request = Request(
             self._visibility,
-            run.backend,
+            run.attention,
             record=self._recorder(),
             enter=lambda k, v: (self._merged(k, keys), self._merged(v, values)),
         )

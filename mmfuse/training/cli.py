@@ -221,8 +221,22 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
+class ParsedCLI(MultimodalCLI):
+    """Reads and checks a config, and builds nothing of it: its settings are in `config`."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
+def parse_and_build(
+    argv: Sequence[str], *, run: bool = True, cli: type[MultimodalCLI] = MultimodalCLI
+) -> MultimodalCLI:
     """Parse the words, build everything, and run the subcommand unless `run` is False.
+
+    Args:
+        argv: the words, the subcommand first if it is to run.
+        run: whether there is a subcommand.
+        cli: `ParsedCLI` stops in front of building.
 
     Raises:
         ConfigError: see `main`.
@@ -235,7 +249,7 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
     if mistake:
         raise ConfigError(mistake)
     try:
-        return MultimodalCLI(argv, run=run)
+        return cli(argv, run=run)
     except ArgumentError as error:
         raise ConfigError(explain_mistake(str(error), schema, words)) from error
     except ValueError as error:

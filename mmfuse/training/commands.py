@@ -22,9 +22,21 @@ class StrictParser(argparse.ArgumentParser):
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         options, rest = self.parse_known_args(list(words))
         if rest:
-            flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
-            raise ConfigError(unknown("option", rest[0].split("=")[0], flags))
+            self._refuse(rest[0])
         return options
+
+    def parse_with_overrides(self, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """As `parse`, but hand back the words that set keys of a config, such as `--model.tokenizer NAME`."""
+        options, rest = self.parse_known_args(list(words))
+        for number, word in enumerate(rest):
+            is_flag = word.startswith("-") or number == 0
+            if is_flag and "." not in word.split("=")[0]:
+                self._refuse(word)
+        return options, rest
+
+    def _refuse(self, word: str) -> NoReturn:
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        raise ConfigError(unknown("option", word.split("=")[0], flags))
 
 
 def generate(argv: Sequence[str]) -> int:
