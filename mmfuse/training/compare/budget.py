@@ -52,30 +52,27 @@ def training_factors(kind: str, out: Path, strategies: Sequence[Strategy]) -> di
         held = json.loads(path.read_text(encoding="utf-8"))
     if held["budget"] != kind:
         raise ConfigError(f"{out} was begun with --budget {held['budget']}, not {kind}; choose another --out")
-    if kind != "steps":
-        for strategy in strategies:
-            _measure(kind, out, strategy, held["cost_of_step"])
-            write_text_atomically(path, json.dumps(held, indent=2) + "\n")
-    write_text_atomically(path, json.dumps(held, indent=2) + "\n")
-    if kind == "steps":
-        return {strategy.label: 1.0 for strategy in strategies}
-    totals = {own.label: _total(own.settings, held["cost_of_step"][own.label]["stages"]) for own in strategies}
+    totals = {}
+    for strategy in strategies:
+        costs = [1.0] * len(strategy.settings["stages"])
+        if kind != "steps":
+            costs = _cost_of_step(kind, out, strategy, held["cost_of_step"])
+        write_text_atomically(path, json.dumps(held, indent=2) + "\n")
+        steps = (stage["steps"] for stage in strategy.settings["stages"])
+        totals[strategy.label] = math.fsum(count * cost for count, cost in zip(steps, costs, strict=True))
     return {label: totals[strategies[0].label] / total for label, total in totals.items()}
 
 
-def _measure(kind: str, out: Path, strategy: Strategy, held: dict[str, Any]) -> None:
-    """Enter the cost of a step in each stage into `held`, unless it holds that of the very same config."""
+def _cost_of_step(kind: str, out: Path, strategy: Strategy, held: dict[str, list[float]]) -> list[float]:
+    """What a step of each stage costs, from `held` or measured and entered there."""
     if strategy.settings["trainer"]["max_steps"] not in (None, -1):
         raise ConfigError(f"--budget {kind} scales the stages, and trainer.max_steps would cut them off; leave it out")
     settings = {name: value for name, value in strategy.settings.items() if name != "out"}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    if held.get(strategy.label, {}).get("config") != digest:
-        costs = sample_flops(strategy) if kind == "flops" else step_seconds(strategy, out / strategy.label)
-        held[strategy.label] = {"config": digest, "stages": costs}
-
-
-def _total(settings: Mapping[str, Any], costs: Sequence[float]) -> float:
-    return math.fsum(stage["steps"] * cost for stage, cost in zip(settings["stages"], costs, strict=True))
+    # A call with another config, which is refused later, must not replace what the runs here were planned by.
+    key = f"{strategy.label} {hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]}"
+    if key not in held:
+        held[key] = sample_flops(strategy) if kind == "flops" else step_seconds(strategy, out / strategy.label)
+    return held[key]
 
 
 def sample_flops(strategy: Strategy) -> list[float]:
