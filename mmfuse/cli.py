@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("mmfuse.training.cli", "main", "compute the validation loss of a checkpoint"),
     "test": Command("mmfuse.training.cli", "main", "evaluate a checkpoint on held-out questions"),
     "predict": Command("mmfuse.training.cli", "main", "write a checkpoint's answers for a data set"),
+    "compare": Command("mmfuse.training.commands", "compare", "train several fusions, all else equal, in one table"),
     "generate": Command("mmfuse.training.commands", "generate", "answer one prompt, with or without an image"),
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),

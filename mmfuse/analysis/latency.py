@@ -72,8 +72,8 @@ def check_memory(needed: int, free: int, device: torch.device) -> None:
     """Raise RunError if weights of `needed` bytes do not fit into `free` bytes with some room to spare."""
     if needed * HEADROOM > free:
         raise RunError(
-            f"latency is measured with real weights: they take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
-            f"free on {device.type}. Leave --latency out, or measure where there is more memory"
+            f"latency is measured with real weights: they take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            f"are free on {device.type}. Leave --latency out, or measure where there is more memory"
         )
 
 

@@ -46,8 +46,9 @@ class StepMetrics(Callback):
         step = pl_module.last_step
         assert step is not None
         now = time.perf_counter()
-        self._recent.append((now - self._begun, dict(step.tokens)))
-        self.total_seconds += now - self._begun
+        seconds = now - self._begun
+        self._recent.append((seconds, dict(step.tokens)))
+        self.total_seconds += seconds
         self.total_tokens += sum(step.tokens.values())
         self._begun, self._logged = now, trainer.global_step
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -56,7 +57,8 @@ class StepMetrics(Callback):
                 for part in pl_module.schedule.trained_parts()
             }
             speeds = {f"tokens_per_second/{name}": speed for name, speed in self.throughput().items()}
-            self._log(trainer, {"train/loss": step.loss, "train/supervised_tokens": step.supervised, **rates, **speeds})
+            totals = {"train/loss": step.loss, "train/supervised_tokens": step.supervised, "train/seconds": seconds}
+            self._log(trainer, {**totals, **rates, **speeds})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()

@@ -103,7 +103,7 @@ class MultimodalCLI(LightningCLI):
         self.checkpoint: Path | None = None
         if self.subcommand:
             self.checkpoint = resolve_checkpoint(options.ckpt_path or self._usual_checkpoint(), self.out)
-        self._settings = self._dumped() if self.subcommand == "fit" else ""
+        self.settings = self._dumped() if self.subcommand in (None, "fit") else ""
         # Not dumped: the same config with other stages has another length.
         if options.trainer.max_steps == -1:
             options.trainer.max_steps = steps
@@ -113,7 +113,8 @@ class MultimodalCLI(LightningCLI):
         return None if self.subcommand == "fit" else "best"
 
     def _dumped(self) -> str:
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
+        options = self.config[self.subcommand] if self.subcommand else self.config
+        text = self._parser(self.subcommand).dump(options, skip_none=False)
         settings = {name: value for name, value in yaml.safe_load(text).items() if name not in _PER_CALL}
         return str(yaml.safe_dump(settings, sort_keys=False))
 
@@ -152,7 +153,7 @@ class MultimodalCLI(LightningCLI):
     def before_fit(self) -> None:
         # Not before everything is built: a wrong config must leave an earlier run where it is.
         claim_folder(self.out, resuming=self.checkpoint is not None)
-        rank_zero_only(write_text_atomically)(self.out / "config.yaml", self._settings)
+        rank_zero_only(write_text_atomically)(self.out / "config.yaml", self.settings)
         self.config_init[self.subcommand].ckpt_path = str(self.checkpoint) if self.checkpoint else None
         if self.checkpoint is not None and self.metrics is not None:
             self.metrics.resume_from(_step_of(self.checkpoint))
@@ -199,6 +200,13 @@ class MultimodalCLI(LightningCLI):
         load_network_weights(self.checkpoint, self.model)
 
 
+class SettingsOnly(MultimodalCLI):
+    """Parses and checks the words, and builds nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing."""
+
+
 def _as_list(value: Any) -> list[Any]:
     """What Lightning takes as nothing, one or several."""
     return [] if value is None else list(value) if isinstance(value, list) else [value]
@@ -221,35 +229,35 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-class ParsedCLI(MultimodalCLI):
-    """Reads and checks a config, and builds nothing of it: its settings are in `config`."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing."""
-
-
-def parse_and_build(
-    argv: Sequence[str], *, run: bool = True, cli: type[MultimodalCLI] = MultimodalCLI
-) -> MultimodalCLI:
+def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
     """Parse the words, build everything, and run the subcommand unless `run` is False.
-
-    Args:
-        argv: the words, the subcommand first if it is to run.
-        run: whether there is a subcommand.
-        cli: `ParsedCLI` stops in front of building.
 
     Raises:
         ConfigError: see `main`.
     """
-    _quieten()
     keep_freed_memory()
+    return _parsed(MultimodalCLI, argv, run=run)
+
+
+def resolved_settings(words: Sequence[str]) -> dict[str, Any]:
+    """What `fit` with these words (without `fit`) would save as `config.yaml`; nothing is built.
+
+    Raises:
+        ConfigError: see `main`.
+    """
+    settings: dict[str, Any] = yaml.safe_load(_parsed(SettingsOnly, words, run=False).settings)
+    return settings
+
+
+def _parsed(kind: type[MultimodalCLI], argv: Sequence[str], *, run: bool) -> MultimodalCLI:
+    _quieten()
     command, words = (argv[0], argv[1:]) if run else ("", argv)
     schema = config_schema(command)
     mistake = unknown_flag(schema, words)
     if mistake:
         raise ConfigError(mistake)
     try:
-        return cli(argv, run=run)
+        return kind(argv, run=run)
     except ArgumentError as error:
         raise ConfigError(explain_mistake(str(error), schema, words)) from error
     except ValueError as error:

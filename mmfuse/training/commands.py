@@ -1,4 +1,4 @@
-"""The commands beside training: `generate`, `explain` and `list`."""
+"""The commands beside training: `compare`, `generate`, `explain` and `list`."""
 
 from __future__ import annotations
 
@@ -94,6 +94,13 @@ def model_folder(path: Path) -> Path:
 def explain(argv: Sequence[str]) -> int:
     """Show what a config makes of its first batch in each stage."""
     from mmfuse.training.explain import main
+
+    return main(argv)
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Train one config under several fusion strategies and compare them."""
+    from mmfuse.training.compare.command import main
 
     return main(argv)
 

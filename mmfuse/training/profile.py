@@ -18,7 +18,7 @@ from mmfuse.data.handwriting_tokenizer import load_tokenizer
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.fusion import FUSIONS
 from mmfuse.models import MultimodalLM, NetworkSpec, build_network
-from mmfuse.training.cli import ParsedCLI, parse_and_build
+from mmfuse.training.cli import resolved_settings
 from mmfuse.training.commands import StrictParser
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -75,8 +75,7 @@ def _parser() -> StrictParser:
 
 def network_spec(words: Sequence[str]) -> NetworkSpec:
     """The network of a config, checked as strictly as `fit` checks it."""
-    settings = parse_and_build(list(words), run=False, cli=ParsedCLI).config.model.network
-    return NetworkSpec(**settings.as_dict())
+    return NetworkSpec(**resolved_settings(words)["model"]["network"])
 
 
 def fusions(asked: str | None, spec: NetworkSpec) -> dict[str, str | dict[str, Any]]:

@@ -79,7 +79,7 @@ def _flags(words: Sequence[str]) -> list[tuple[str, str]]:
 def _unknown_class_in_flag(flag: str, value: str, schema: Schema) -> str | None:
     """A class that `--data NAME` or `--data.class_path NAME` does not find."""
     key = flag.removeprefix("--").removesuffix(".class_path")
-    if key not in schema or value.startswith(("-", "{", ".")) or Path(value).exists():
+    if key not in schema or value.startswith(("-", "{", "[", ".")) or Path(value).exists():
         return None
     hint = schema[key]
     if _is_scalar(hint) or find_class(value, hint) is not None:

@@ -23,7 +23,7 @@ WriteConfig = Callable[..., Path]
 ReadRows = Callable[[Path], list[dict[str, float]]]
 
 #: Columns that depend on the machine's mood.
-SPEED = "tokens_per_second/"
+SPEED = ("tokens_per_second/", "train/seconds")
 
 #: More variety than one setting at a time: a change for each name.
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,3 +297,9 @@ def test_print_config_shows_the_settings(write_config: WriteConfig, capsys: pyte
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["trainer"]["max_steps"] == 3 and shown["model"]["network"]["fusion"] == "mma"
     assert shown["data"]["init_args"]["batch_size"] == 8
+
+
+def test_long_list_on_the_command_line_is_no_path(write_config: WriteConfig, settings: dict[str, Any]) -> None:
+    stages = [{**stage, "name": f"{number} {'x' * 200}"} for number, stage in enumerate(settings["stages"])]
+    built = parse_and_build(["--config", str(write_config()), "--stages", json.dumps(stages)], run=False)
+    assert [stage.name for stage in built.model.schedule.stages] == [stage["name"] for stage in stages]
