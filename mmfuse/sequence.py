@@ -295,11 +295,28 @@ class TokenMap:
         return TokenMap(**{name: change(name, value) for name, value in self._tensors()})
 
 
-def kept_index(keep: Tensor) -> Tensor:
-    """Slots where `keep [B, S]` holds, `[B, max kept]` in order, with -1 behind them."""
+def kept_index(keep: Tensor, side: Side = "right") -> Tensor:
+    """Slots where `keep [B, S]` holds, `[B, max kept]` in order, with -1 as padding on `side`."""
     width = int(keep.sum(dim=1).max()) if keep.numel() else 0
-    order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+    if side == "right":
+        order = torch.argsort(~keep, dim=1, stable=True)[:, :width]
+    else:
+        order = torch.argsort(keep.long(), dim=1, stable=True)[:, keep.shape[1] - width :]
     return order.masked_fill(~keep.gather(1, order), -1)
+
+
+def order_among(keep: Tensor, document: Tensor) -> Tensor:
+    """`[B, S]`: for how many earlier slots of its document `keep [B, S]` (bool) holds.
+
+    A document is contiguous but for padding inside it, as where a prompt padded on the right is continued.
+    """
+    before = keep.cumsum(dim=1) - keep.long()
+    slots = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    last_live = torch.where(document >= 0, slots, 0).cummax(dim=1).values
+    current = document.gather(1, last_live)
+    starts = torch.ones_like(document, dtype=torch.bool)
+    starts[:, 1:] = current[:, 1:] != current[:, :-1]
+    return before - torch.where(starts, before, 0).cummax(dim=1).values
 
 
 def _kind(kind: str) -> tuple[int, int]:
@@ -318,12 +335,8 @@ def _text_name(role: Role) -> str:
 
 
 def _order_in_document(document: Tensor) -> Tensor:
-    """`[B, S]` count of earlier live slots of the same document; documents are contiguous."""
-    slots = torch.arange(document.shape[1], device=document.device).expand_as(document)
-    starts = torch.ones_like(document, dtype=torch.bool)
-    starts[:, 1:] = document[:, 1:] != document[:, :-1]
-    first = torch.where(starts, slots, 0).cummax(dim=1).values
-    return torch.where(document >= 0, slots - first, 0)
+    """`[B, S]` count of earlier live slots of the same document."""
+    return torch.where(document >= 0, order_among(document >= 0, document), 0)
 
 
 def _concatenate(maps: Sequence[TokenMap], dim: int) -> TokenMap:

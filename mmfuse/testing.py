@@ -110,7 +110,11 @@ def tiny_model(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MultimodalLM(config).eval()
+        model = MultimodalLM(config).eval()
+        for parameter in model.fusion.parameters():
+            # Gates that start at 0 and copies of one connector would hide what the strategy does.
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        return model
 
 
 def tiny_batch(

@@ -144,6 +144,10 @@ def write_shards(folder: str | Path, spec: Handwriting) -> dict[str, Any]:
         new = scratch / "new"
         new.mkdir()
         manifest = _write_all(new, spec)
+        # Another process may have been faster, and a run may be reading its shards already: those must stay.
+        found = read_manifest(folder, spec)
+        if found is not None:
+            return found
         try:
             _swap(new, folder, scratch / "old")
         except OSError as error:

@@ -9,14 +9,27 @@ from typing import Any
 from mmfuse.errors import ConfigError, check_keys, unknown
 from mmfuse.fusion.base import CLASSES, IGNORED_LABEL, Fusion
 from mmfuse.fusion.causal import Causal
+from mmfuse.fusion.composite import CompositeAttention
+from mmfuse.fusion.cross_attention import GatedCrossAttention
+from mmfuse.fusion.hyper_attention import HyperAttention
+from mmfuse.fusion.moda import ModularDuplexAttention
 from mmfuse.fusion.modality_mutual import ModalityMutual
+from mmfuse.fusion.naavit import NAAViT
 from mmfuse.fusion.prefix_lm import PrefixLM
+from mmfuse.fusion.saisa import SAISA
+from mmfuse.fusion.shape import DecoderShape
 
 #: The names by which configs, the command line and `mmfuse.testing` know the strategies.
 FUSIONS: dict[str, type[Fusion]] = {
     "causal": Causal,
     "prefix_lm": PrefixLM,
     "mma": ModalityMutual,
+    "naavit": NAAViT,
+    "saisa": SAISA,
+    "composite": CompositeAttention,
+    "moda": ModularDuplexAttention,
+    "cross_attention": GatedCrossAttention,
+    "hyper_attention": HyperAttention,
 }
 
 
@@ -39,9 +52,16 @@ __all__ = [
     "CLASSES",
     "FUSIONS",
     "IGNORED_LABEL",
+    "SAISA",
     "Causal",
+    "CompositeAttention",
+    "DecoderShape",
     "Fusion",
+    "GatedCrossAttention",
+    "HyperAttention",
     "ModalityMutual",
+    "ModularDuplexAttention",
+    "NAAViT",
     "PrefixLM",
     "build_fusion",
 ]

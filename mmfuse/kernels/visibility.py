@@ -57,6 +57,15 @@ class Axis:
     def columns(self, start: int, stop: int | None = None) -> Axis:
         return Axis(**{f.name: getattr(self, f.name)[:, start:stop] for f in fields(self)})
 
+    def gather(self, index: Tensor) -> Axis:
+        """The tokens at `index [B, N']`, in that order; an index of -1 gives padding."""
+        taken = {f.name: getattr(self, f.name).gather(1, index.clamp(min=0)) for f in fields(self)}
+        return Axis(**{**taken, "document": taken["document"].masked_fill(index < 0, -1)})
+
+    def followed_by(self, other: Axis) -> Axis:
+        """These tokens and the `other` ones behind them."""
+        return Axis(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)], 1) for f in fields(self)})
+
     def __len__(self) -> int:
         return int(self.document.shape[1])
 
@@ -103,6 +112,16 @@ class Visibility:
     def rows(self, start: int) -> Visibility:
         """Only the queries from slot column `start` on, against all keys: what a decoding step asks."""
         return self._view(("rows", start), queries=self.queries.columns(start))
+
+    def select(self, queries: Tensor, keys: Tensor | None = None) -> Visibility:
+        """Only the queries at `queries [B, Sq']` and the keys at `keys [B, Sk']` (all if None); -1 gives padding."""
+        return Visibility(
+            self.queries.gather(queries),
+            self.keys if keys is None else self.keys.gather(keys),
+            self.rules,
+            self.names,
+            self.window,
+        )
 
     def view(self, *, window: int | None, keys: int) -> Visibility:
         """This visibility inside a layer with a sliding `window` whose cache kept only the last `keys` keys."""

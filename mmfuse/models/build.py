@@ -17,8 +17,8 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 
 from mmfuse.errors import ConfigError, unknown
+from mmfuse.models.attention import ATTENTION
 from mmfuse.models.config import MultimodalConfig, decoder_config
-from mmfuse.models.decoder import ATTENTION
 from mmfuse.models.encoders import Encoder, VisionEncoder
 from mmfuse.models.media import MEDIA
 from mmfuse.models.modeling import MultimodalLM

@@ -1,81 +1,28 @@
 """Our loop over the layers of an unmodified Hugging Face decoder.
 
-The layers are called as their own model calls them, with a Visibility where Hugging Face passes its mask. One attention
-function, registered with transformers, hands q, k, v and the Visibility to `mmfuse.kernels.attend` and refuses any
-other mask. So PEFT wraps the projections, caches work, and gradient checkpointing is the layers' own.
+The layers are called as their own model calls them, with a `Request` where Hugging Face passes its mask. So PEFT wraps
+the projections, caches work, and gradient checkpointing is the layers' own. `MediaPath` says what the layers see of
+media: this file runs them as rows; `text_stream` and `aside` are the other two ways.
 
 Shapes: `B` samples, `S` tokens of this call, `D` hidden size.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from mmfuse.fusion.base import Fusion, base_visibility
-from mmfuse.kernels import Visibility, attend
-from mmfuse.kernels.attention import attention_weights
+from mmfuse.fusion.base import Fusion, MediaPath, base_visibility
+from mmfuse.models.aside import AsideCache, AsideLayers
+from mmfuse.models.attention import Enter, Recorder, Request
+from mmfuse.models.layer_parts import PARTS, LayerParts
+from mmfuse.models.passes import Pass
+from mmfuse.models.text_stream import TextStream
 from mmfuse.sequence import TokenMap
-
-#: The name under which our attention function is registered with transformers.
-ATTENTION = "mmfuse"
-
-#: `record(layer, weights [B, H, Sq, Sk])`, called by each layer whose attention is being looked at.
-Recorder = Callable[[int, Tensor], None]
-
-# What decoders pass to their attention function beside q, k and v, and which changes nothing here: positions are
-# already in q and k, and causality is in the Visibility.
-_WITHOUT_EFFECT = {"position_ids", "use_cache", "is_causal", "cache_position"}
-
-
-def visible_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Visibility,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    attention_backend: str = "auto",
-    record: Recorder | None = None,
-    **asked: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of every decoder: `[B, H, S, D]` in, `[B, S, H, D]` out.
-
-    Raises:
-        TypeError: the mask is not a Visibility.
-        NotImplementedError: the decoder asks for something that would otherwise be ignored (dropout, soft-capping,
-            attention sinks, …).
-    """
-    if not isinstance(attention_mask, Visibility):
-        raise TypeError(
-            f"{type(module).__name__} runs under attn_implementation={ATTENTION!r} but was given a mask of type "
-            f"{type(attention_mask).__name__}; call the model through MultimodalLM, which passes a Visibility"
-        )
-    refused = {name for name, value in asked.items() if value is not None and name not in _WITHOUT_EFFECT}
-    if dropout:
-        refused.add("attention dropout")
-    if refused:
-        raise NotImplementedError(
-            f"{type(module).__name__} asks attention for {', '.join(sorted(refused))}, which mmfuse does not compute"
-        )
-    if torch.is_autocast_enabled(query.device.type):
-        # Rotary embeddings leave q and k in float32, and v comes from a Linear in the lower precision.
-        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    visibility = attention_mask.view(window=sliding_window, keys=key.shape[2])
-    if record is not None:
-        record(module.layer_idx, attention_weights(query, key, visibility, scale=scaling))  # type: ignore[arg-type]
-    out = attend(query, key, value, visibility, scale=scaling, backend=attention_backend)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, visible_attention)
 
 
 def run_decoder(
@@ -84,6 +31,7 @@ def run_decoder(
     tokens: TokenMap,
     fusion: Fusion,
     *,
+    features: Mapping[str, Tensor] | None = None,
     cache: Cache | None = None,
     attention_backend: str = "auto",
     record: Recorder | None = None,
@@ -92,19 +40,21 @@ def run_decoder(
 
     Args:
         decoder: a Hugging Face causal LM built with `attn_implementation="mmfuse"`.
-        embeds: `[B, S, D]`, the tokens that are new in this call.
+        embeds: `[B, S, D]`, the tokens that are new in this call, media as their connectors made them.
         tokens: the map of all tokens, cached ones first: `[B, cached + S]`.
-        fusion: who sees whom.
-        cache: keys and values of earlier calls; extended in place.
+        fusion: who sees whom, and how media go through the layers.
+        features: for each modality what its encoder gave for the new media, `[N, V, De]`.
+        cache: keys and values of earlier calls, made by `new_cache`; extended in place.
         attention_backend: a backend of `attend`.
         record: is given each layer's attention weights.
 
     Returns:
-        Hidden states `[B, S, D]` after the final norm.
+        Hidden states `[B, S, D]` after the final norm; rows that the strategy does not compute are 0.
 
     Raises:
         ValueError: the map's length is not what cache and embeds make together, or the fusion would have changed
             states that are cached already.
+        TypeError: the cache is none for this strategy.
     """
     cached = cache.get_seq_length() if cache is not None else 0
     if len(tokens) != cached + embeds.shape[1] or tokens.shape[0] != embeds.shape[0]:
@@ -114,35 +64,73 @@ def run_decoder(
         )
     if cached:
         fusion.check_cached(tokens, cached)
-    base = decoder.model
-    position_ids = tokens.position[:, cached:]
-    rotary = _position_embeddings(base, embeds, position_ids)
-    changed = fusion.visibility(tokens).rows(cached)
-    unchanged = changed if fusion.layers is None else base_visibility(tokens).rows(cached)
-    hidden = embeds
-    for index, layer in enumerate(base.layers):
-        hidden = layer(
-            hidden,
-            attention_mask=changed if fusion.changes(index) else unchanged,
-            position_embeddings=rotary(index),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            attention_backend=attention_backend,
-            record=record,
-        )
-    return base.norm(hidden)
+    parts = PARTS[decoder.config.model_type]
+    run = Pass(decoder.model, embeds, tokens, cached, fusion, cache, attention_backend, record, dict(features or {}))
+    if fusion.media_path is MediaPath.ASIDE:
+        return AsideLayers(run, parts)()
+    return _run_in_sequence(run, parts)
 
 
-def _position_embeddings(base: PreTrainedModel, embeds: Tensor, position_ids: Tensor) -> Callable[[int], Any]:
-    """The rotary embedding of each layer; Gemma 3 has one for each of its layer types, the others one for all."""
-    rotary = cast(nn.Module, base.rotary_emb)
-    if "layer_type" not in inspect.signature(rotary.forward).parameters:
-        shared = rotary(embeds, position_ids)
-        return lambda _: shared
-    types = base.config.layer_types
-    by_type = {layer_type: rotary(embeds, position_ids, layer_type) for layer_type in set(types)}
-    return lambda index: by_type[types[index]]
+def new_cache(fusion: Fusion, config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache for a decoder of this `config` under `fusion`."""
+    return AsideCache(config=config) if fusion.media_path is MediaPath.ASIDE else DynamicCache(config=config)
+
+
+def _run_in_sequence(run: Pass, parts: type[LayerParts]) -> Tensor:
+    """Media are rows of each layer, or give it keys and values."""
+    as_keys = run.fusion.media_path is MediaPath.KEYS and run.fusion.layers != ()
+    stream = TextStream(run, parts) if as_keys and bool(run.new.is_media.any()) else None
+    hidden = _touched(run) if as_keys and stream is None else run.embeds
+    rows = _Rows(run)
+    apart: tuple[Tensor, Tensor] | None = None
+    for index, layer in enumerate(run.layers):
+        if stream is not None and run.fusion.changes(index):
+            text, media = stream.split(hidden) if apart is None else apart
+            apart = stream.layer(index, layer, text, media)
+        else:
+            if stream is not None and apart is not None:
+                hidden, apart = stream.join(*apart), None
+            hidden = run.call(layer, hidden, rows.rotary(index), rows.positions, rows.request(index))
+    if stream is not None and apart is not None:
+        return stream.join(run.base.norm(apart[0]))  # type: ignore[operator]
+    return cast(Tensor, run.base.norm(hidden))  # type: ignore[operator]
+
+
+class _Rows:
+    """Requests of the layers in which all tokens are rows."""
+
+    def __init__(self, run: Pass) -> None:
+        self._run = run
+        fusion, tokens = run.fusion, run.tokens
+        self._changed = fusion.visibility(tokens).rows(run.cached)
+        self._unchanged = self._changed if fusion.layers is None else base_visibility(tokens).rows(run.cached)
+        mass = fusion.softmax_mass(tokens)
+        self._mass = None if mass is None else mass[:, run.cached :]
+        self.positions = run.new.position
+        self.rotary = run.rotary(self.positions)
+
+    def request(self, index: int) -> Request:
+        run = self._run
+        if not run.fusion.changes(index):
+            return Request(self._unchanged, run.backend, run.record)
+        enter = self._enter(index) if run.fusion.adjusts_keys else None
+        return Request(self._changed, run.backend, run.record, enter, self._mass)
+
+    def _enter(self, index: int) -> Enter:
+        fusion, tokens = self._run.fusion, self._run.new
+        return lambda k, v: (fusion.adjust_keys(index, k, v, tokens), v)
+
+
+def _touched(run: Pass) -> Tensor:
+    """The embeddings; a batch without media still uses a strategy's projectors, so that ranks do not diverge."""
+    embeds = run.embeds
+    if run.features and torch.is_grad_enabled():
+        nothing = torch.full((embeds.shape[0], 0), -1, device=embeds.device)
+        source, state = run.source(nothing), embeds[:, :0]
+        for index in range(len(run.layers)):
+            if run.fusion.changes(index):
+                embeds = embeds + 0.0 * run.fusion.media_state(index, state, source).sum()
+    return embeds
 
 
 def supervised_rows(tokens: TokenMap, labels: Tensor, ignored: int) -> tuple[Tensor, Tensor]:

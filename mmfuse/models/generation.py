@@ -35,6 +35,10 @@ class MultimodalGenerationMixin(GenerationMixin):
         """The inputs that are there, by modality instead of keyword."""
         raise NotImplementedError
 
+    def new_cache(self) -> Cache:
+        """An empty cache for the model's strategy."""
+        raise NotImplementedError
+
     def generate(  # type: ignore[override]  # the TokenMap is ours
         self, input_ids: Tensor, tokens: TokenMap | None = None, **kwargs: Any
     ) -> Any:
@@ -55,6 +59,8 @@ class MultimodalGenerationMixin(GenerationMixin):
         if bool(tokens.is_pad[:, -1].any()):
             raise ValueError("generation needs prompts padded on the left: a row ends in padding")
         kwargs["attention_mask"] = (~tokens.is_pad).long()
+        if kwargs.get("use_cache") is not False and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = self.new_cache()
         return super().generate(input_ids=input_ids, tokens=tokens, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(  # type: ignore[override]

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedMo
 from transformers.utils.generic import ModelOutput
 
 from mmfuse.errors import ConfigError
-from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
+from mmfuse.fusion import IGNORED_LABEL, DecoderShape, Fusion, build_fusion
+from mmfuse.models.attention import ATTENTION, Recorder
 from mmfuse.models.config import MultimodalConfig
 from mmfuse.models.connectors import Connector, build_connector
-from mmfuse.models.decoder import ATTENTION, Recorder, run_decoder, supervised_rows
+from mmfuse.models.decoder import new_cache, run_decoder, supervised_rows
 from mmfuse.models.encoders import Encoder, build_encoder
 from mmfuse.models.generation import MultimodalGenerationMixin
 from mmfuse.models.media import MEDIA
@@ -82,14 +83,16 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         config.text_config._attn_implementation = ATTENTION
         self.decoder = AutoModelForCausalLM.from_config(config.text_config)
         width = config.text_config.hidden_size
-        self.connectors = nn.ModuleDict(
-            {
-                name: build_connector(spec, encoders[name].hidden_size, width, encoders[name].grid)
-                for name, spec in config.connectors.items()
-            }
-        )
+
+        def connector(name: str) -> Connector:
+            return build_connector(config.connectors[name], encoders[name].hidden_size, width, encoders[name].grid)
+
+        self.connectors = nn.ModuleDict({name: connector(name) for name in config.connectors})
+        # Last: one seed gives all other parts the same weights, whatever the strategy.
         self.fusion = build_fusion(config.fusion)
         self.fusion.check_layers(config.text_config.num_hidden_layers)
+        self.fusion.build(DecoderShape.of(config.text_config), connector, tuple(config.connectors))
+        self.fusion.start_from(dict(self.connectors.items()))
         # Each part was initialised by its own library; the flag keeps post_init from doing it again in its own way.
         for part in (self.encoders, self.connectors, self.fusion):
             _mark_initialised(part)
@@ -180,7 +183,7 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         if labels is not None:
             strategy.check_labels(tokens, labels)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config.text_config)
+            past_key_values = self.new_cache(strategy)
         media = self.media_inputs(
             {
                 "pixel_values": pixel_values,
@@ -195,6 +198,7 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
             embedded.embeds,
             tokens,
             strategy,
+            features=embedded.features,
             cache=past_key_values,
             attention_backend=self.config.attention_backend,
             record=record,
@@ -205,6 +209,10 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         if return_logits:
             logits = self._logits(hidden[:, -logits_to_keep:])
         return MultimodalOutput(loss=loss, logits=logits, past_key_values=past_key_values, supervised=supervised)
+
+    def new_cache(self, fusion: Fusion | None = None) -> DynamicCache:
+        """An empty cache that `past_key_values` takes, for the model's own strategy or another."""
+        return new_cache(self.fusion if fusion is None else fusion, self.config.text_config)
 
     def token_map(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenMap:
         """A map of `input_ids [B, S]` by placeholder ids alone: one document a row, all text prompt, one turn."""

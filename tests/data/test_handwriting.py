@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mmfuse.data import handwriting_shards
 from mmfuse.data.handwriting import SCAN_SIZE, SPLITS, load_scans, make_scenes
 from mmfuse.data.handwriting_questions import FAMILIES, NUMBER_WORDS, Balancer, candidates
 from mmfuse.data.handwriting_shards import (
@@ -289,6 +290,24 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="No space"):
         write_shards(tmp_path / "shards", TINY)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slower_writer_leaves_the_shards_that_a_faster_one_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run may be reading them already, and refuses shards that change under it."""
+    folder = tmp_path / "shards"
+    write_all = handwriting_shards._write_all
+
+    def overtaken(new: Path, spec: Handwriting):
+        monkeypatch.setattr(handwriting_shards, "_write_all", write_all)
+        write_shards(folder, spec)
+        files.update({path.name: path.stat().st_ino for path in folder.iterdir()})
+        return write_all(new, spec)
+
+    files: dict[str, int] = {}
+    monkeypatch.setattr(handwriting_shards, "_write_all", overtaken)
+    assert write_shards(folder, TINY) == read_manifest(folder, TINY)
+    assert files and files == {path.name: path.stat().st_ino for path in folder.iterdir()}
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_wrong_arguments_say_what_was_meant():

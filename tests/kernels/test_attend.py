@@ -180,3 +180,44 @@ def test_attend_refuses() -> None:
         "visibility is (2, 3, 3) (B, Sq, Sk), but q and k ask for (2, 3, 2)", ValueError, q, k[:, :, :2], k[:, :, :2]
     )
     refuse("visibility is (2, 3, 3) (B, Sq, Sk), but q and k ask for (1, 3, 3)", ValueError, q[:1], k[:1], k[:1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=30)
+@given(
+    runs=batches,
+    name=st.sampled_from([*FUSIONS, "blind media"]),
+    arrangement=st.sampled_from(["left", "right", "pack"]),
+    kv_heads=st.sampled_from([4, 2, 1]),
+    seed=st.integers(0, 1000),
+)
+def test_mass_is_one_more_key_of_value_zero(
+    backend: str, runs: list, name: str, arrangement: str, kv_heads: int, seed: int
+) -> None:
+    """A softmax over the scores and the mass, of which the mass's share is thrown away; gradients reach the mass."""
+    torch.manual_seed(seed)
+    visibility = visibilities(runs, name, arrangement)
+    q, k, v = inputs = draw(visibility, 4, kv_heads)
+    mass = torch.randn(q.shape[0], q.shape[2], dtype=torch.float64, requires_grad=True)
+    seen = visibility.dense().unsqueeze(1)
+    keys, values = (x.repeat_interleave(4 // kv_heads, dim=1) for x in (k, v))
+    weights = ((q @ keys.transpose(-1, -2)) * 0.7).exp() * seen
+    expected = weights @ values / (weights.sum(-1, keepdim=True) + mass.exp()[:, None, :, None])
+    out = attend(q, k, v, visibility, scale=0.7, mass=mass, backend=backend)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+    direction = torch.randn_like(out)
+    for mine, theirs in zip(
+        gradients(out, [*inputs, mass], direction), gradients(expected, [*inputs, mass], direction), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_mass_at_all_is_minus_infinity(backend: str) -> None:
+    visibility = base_visibility(TokenMap.from_layout([("text", 4)]))
+    q, k, v = draw(visibility, 2, 2)
+    nothing = torch.full((1, 4), -torch.inf, dtype=torch.float64)
+    out = attend(q, k, v, visibility, mass=nothing, backend=backend)
+    torch.testing.assert_close(out, attend(q, k, v, visibility, backend=backend), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=re.escape("mass must be [B, Sq] = [1, 4], got [1, 3]")):
+        attend(q, k, v, visibility, mass=nothing[:, :3], backend=backend)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -220,3 +220,19 @@ def test_plot_writes_a_picture(tmp_path: Path, suffix: str, length: int) -> None
         colours = Image.open(path).convert("RGB").getcolors(1 << 20)
         assert colours is not None
         assert len(colours) > 10
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10_000))
+def test_selected_queries_and_keys_are_rows_and_columns_of_the_mask(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    maps = [TokenMap.from_layout(runs) for runs in ([("text", 2), ("image", 3), ("answer", 2)], [("image", 4)])]
+    whole = base_visibility(TokenMap.batch(maps))
+    queries = torch.randint(-1, 7, (2, 4), generator=generator)
+    keys = torch.randint(-1, 7, (2, 5), generator=generator)
+    expected = torch.nn.functional.pad(whole.dense(), (0, 1, 0, 1))
+    expected = torch.stack([expected[b][queries[b]][:, keys[b]] for b in range(2)])
+    assert torch.equal(whole.select(queries, keys).dense(), expected)
+    both = whole.keys.gather(keys).followed_by(whole.keys)
+    assert torch.equal(both.slot[:, 5:], whole.keys.slot)
+    assert torch.equal(both.document[:, :5], whole.keys.gather(keys).document)

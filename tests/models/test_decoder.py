@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from mmfuse.fusion import FUSIONS, Causal
 from mmfuse.fusion.base import base_visibility
-from mmfuse.kernels import BACKENDS
+from mmfuse.kernels import BACKENDS, Visibility
 from mmfuse.models import MultimodalLM
-from mmfuse.models.decoder import run_decoder, supervised_rows, visible_attention
+from mmfuse.models.attention import Request, visible_attention
+from mmfuse.models.decoder import run_decoder, supervised_rows
 from mmfuse.sequence import TokenMap
 from mmfuse.testing import FAMILIES, tiny_batch, tiny_model
 
@@ -112,7 +113,8 @@ def test_windows_matter() -> None:
 def call(visibility: Any, **asked: Any) -> Tensor:
     q, k = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
     module = SimpleNamespace(layer_idx=1)
-    return visible_attention(module, q, k, k, visibility, **asked)[0]  # type: ignore[arg-type]
+    request = Request(visibility) if isinstance(visibility, Visibility) else visibility
+    return visible_attention(module, q, k, k, request, **asked)[0]  # type: ignore[arg-type]
 
 
 def test_attention_function_refuses_what_it_would_ignore() -> None:
