@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
+from mmfuse.fusion import FUSIONS
 from mmfuse.models import MultimodalLM, NetworkSpec, build_network
 from mmfuse.training.cli import config_schema, parse_and_build
 from mmfuse.training.stages import Schedule, Stage
@@ -18,9 +19,14 @@ from mmfuse.training.strict import explain_mistake
 CONFIGS = Path(__file__).parents[1] / "configs"
 #: Those that take weights from the hub are built without them, on the meta device.
 PRETRAINED = ("your_data.yaml", "paper/aki_4b.yaml")
-OFFLINE = sorted(
-    str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if str(p.relative_to(CONFIGS)) not in PRETRAINED
-)
+NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+#: Those that change the fusion of another one.
+OVERLAYS = {
+    name: "aki.yaml"
+    for name in NAMES
+    if "An overlay: mmfuse fit --config configs/aki.yaml" in (CONFIGS / name).read_text()
+}
+OFFLINE = [name for name in NAMES if name not in PRETRAINED]
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -40,11 +46,28 @@ def millions(module: torch.nn.Module) -> float:
 
 @pytest.mark.parametrize("name", OFFLINE)
 def test_config_builds_model_data_and_trainer(name: str, tmp_path: Path) -> None:
-    words = ["--config", str(CONFIGS / name), "--out", str(tmp_path), "--data.init_args.cache", str(tmp_path)]
+    names = [OVERLAYS[name], name] if name in OVERLAYS else [name]
+    words = [word for path in names for word in ("--config", str(CONFIGS / path))]
+    words += ["--out", str(tmp_path), "--data.init_args.cache", str(tmp_path)]
     cli = parse_and_build(words, run=False)
     assert cli.trainer.max_steps == cli.model.schedule.steps
     assert set(cli.model.schedule.trained_parts()) <= set(cli.model.network.parts())
     assert cli.datamodule.stages == list(cli.model.schedule.stages)
+
+
+def test_every_strategy_has_a_config_for_the_demo() -> None:
+    fusions = {name: settings(name)["model"]["network"]["fusion"] for name in ("aki.yaml", "causal.yaml", *OVERLAYS)}
+    names = [fusion if isinstance(fusion, str) else fusion["type"] for fusion in fusions.values()]
+    assert sorted(names) == sorted(FUSIONS)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_keep_the_budget(name: str) -> None:
+    own, base = settings(name), settings(OVERLAYS[name])
+    steps, expected = ([stage["steps"] for stage in config.get("stages", base["stages"])] for config in (own, base))
+    assert steps == expected
+    assert set(own) <= {"stages", "model"} and set(own["model"]) == {"network"}
+    assert set(own["model"]["network"]) == {"fusion"}
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

@@ -125,6 +125,13 @@ class MultimodalModule(LightningModule):
 
     # Training
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        index, stage, step = self.schedule.at(self.global_step)
+        earlier = any(before.trains("fusion") for before in self.schedule.stages[:index])
+        if index and step == 0 and stage.trains("fusion") and not earlier:
+            # What earlier stages taught the connector is where the strategy's own projectors begin.
+            self.network.fusion.start_from(dict(self.network.connectors.items()))
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The *sum* of the loss over the supervised tokens; `on_before_optimizer_step` divides by their number."""
         index, _, _ = self.schedule.at(self.global_step)

@@ -15,7 +15,7 @@ ROOT = Path("runs")
 
 
 def default_folder(configs: Sequence[Any] | None) -> Path:
-    """`runs/` and the name of the first config file.
+    """`runs/` and the name of the config file; of several, their names in a row: `runs/aki-saisa`.
 
     Raises:
         ConfigError: there is no config file to name the run after.
@@ -23,7 +23,7 @@ def default_folder(configs: Sequence[Any] | None) -> Path:
     names = [Path(str(config)).stem for config in configs or [] if config is not None]
     if not names:
         raise ConfigError("no --config and no --out: name a config file, or the folder that the run goes to")
-    return ROOT / names[0]
+    return ROOT / "-".join(names)
 
 
 @rank_zero_only

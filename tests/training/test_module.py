@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -323,3 +324,23 @@ def test_nan_leaves_parameters_and_the_last_checkpoint(spec: NetworkSpec, tmp_pa
     broken = {name for name, value in module.network.named_parameters() if not value.isfinite().all()}
     assert broken == {BROKEN}, "the optimizer made a step with gradients that are no numbers"
     MultimodalModule(spec, [stage(6)]).load_state_dict(held["state_dict"])
+
+
+def test_a_strategys_projectors_start_from_the_connector_when_a_stage_begins_to_tune_them(spec: NetworkSpec) -> None:
+    stages = [stage(3, name="align", fusion="naavit"), stage(1, {**ALL, "fusion": 1e-2}, name="instruct")]
+    module = MultimodalModule(replace(spec, fusion="saisa"), stages)
+    projectors = module.network.fusion.projectors["1"]["image"]
+    taken: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            parts = (projectors, module.network.connectors["image"])
+            taken.append(tuple({k: v.clone() for k, v in part.state_dict().items()} for part in parts))  # type: ignore[arg-type]
+
+        on_before_optimizer_step = on_train_batch_start
+
+    fit(module, [SHORT] * 4, callbacks=[Look()])
+    same = [all(torch.equal(own[name], other[name]) for name in own) for own, other in taken]
+    # Equal at first, left behind while the connector learns alone, and taken along where the second stage begins.
+    assert same == [True, True, False, False, False, False, False, True]
+    assert not torch.equal(projectors.state_dict()["projection.0.weight"], taken[-1][0]["projection.0.weight"])

@@ -249,7 +249,7 @@ def test_file_is_no_folder(tmp_path: Path) -> None:
 
 
 def test_folder_is_named_after_the_first_config() -> None:
-    assert default_folder(["configs/aki.yaml", "other.yaml"]) == Path("runs/aki")
+    assert default_folder(["configs/aki.yaml", "other.yaml"]) == Path("runs/aki-other")
     with pytest.raises(ConfigError, match="no --config and no --out"):
         default_folder([])
 
