@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ _BODIES: Final = ("messages", "conversations", "text")
 _UNREAD: Final = ("video", "videos")
 #: Under which keys a record names the files of its media.
 _NAMES: Final = {"image": ("image", "images"), "audio": ("audio", "audios"), "eeg": ("eeg", "eegs")}
+_READ: Final = frozenset((*_BODIES, *(key for keys in _NAMES.values() for key in keys)))
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ def parse_record(raw: object, where: str) -> Record:
             raise DataError(f"{where}: {bodies[0]!r} must be a list with at least one message, got {_kind(body)}")
         one = _message if bodies[0] == "messages" else _utterance
         messages = tuple(one(message, f"{where}: {bodies[0]}[{number}]") for number, message in enumerate(body))
-    media = {modality: _file_names(modality, raw, messages or (), where) for modality in _NAMES}
-    read = {*_BODIES, *(key for keys in _NAMES.values() for key in keys)}
-    info = {name: value for name, value in raw.items() if name not in read}
+    contents = [message["content"] for message in messages or ()]
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    media = {modality: _file_names(modality, raw, parts, where) for modality in _NAMES}
+    info = {name: value for name, value in raw.items() if name not in _READ}
     return Record(messages, body if messages is None else None, media, info)
 
 
@@ -96,17 +98,13 @@ def _message(raw: object, where: str) -> Message:
     return {"role": raw["role"], "content": raw["content"]}
 
 
-def _file_names(modality: str, raw: Mapping[str, Any], messages: tuple[Message, ...], where: str) -> tuple[str, ...]:
+def _file_names(
+    modality: str, raw: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], where: str
+) -> tuple[str, ...]:
     """Names stand beside the messages (`image` or `images`), or all in the content parts."""
     keys = _NAMES[modality]
     beside = [name for name in keys if raw.get(name)]
-    inside = [
-        part.get(modality, part.get("path"))
-        for message in messages
-        if not isinstance(message["content"], str)
-        for part in message["content"]
-        if part["type"] == modality
-    ]
+    inside = [part.get(modality, part.get("path")) for part in parts if part["type"] == modality]
     if len(beside) + any(name is not None for name in inside) > 1:
         places = ", ".join(map(repr, keys))
         raise DataError(
