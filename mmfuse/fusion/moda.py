@@ -120,8 +120,11 @@ class ModularDuplexAttention(Fusion):
         text = prompt if self.text_scope == "prompt" else ~media & ~tokens.is_pad
         unit = _unit_rows(k)
         second = v if self.gram == "kv" else unit
-        adjusted = k
-        for group in self._groups(tokens):
+        groups = self._groups(tokens)
+        # A training batch without media still uses every fuser, so that ranks do not diverge.
+        unused = fusers.values() if self.training and not groups else ()
+        adjusted = k + sum(0.0 * fuser(k, k).sum() for fuser in unused)
+        for group in groups:
             for way, rows, others in (("media", media & group, text & group), ("text", prompt & group, media & group)):
                 if way not in fusers:
                     continue
