@@ -122,8 +122,9 @@ class ModularDuplexAttention(Fusion):
         second = v if self.gram == "kv" else unit
         groups = self._groups(tokens)
         # A training batch without media still uses every fuser, so that ranks do not diverge.
-        unused = fusers.values() if self.training and not groups else ()
-        adjusted = k + sum(0.0 * fuser(k, k).sum() for fuser in unused)
+        adjusted = k
+        for fuser in fusers.values() if self.training and not groups else ():
+            adjusted = adjusted + 0.0 * fuser(k, k).sum()
         for group in groups:
             for way, rows, others in (("media", media & group, text & group), ("text", prompt & group, media & group)):
                 if way not in fusers:
