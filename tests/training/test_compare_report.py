@@ -41,7 +41,7 @@ def test_table_shows_every_number_and_what_failed() -> None:
     assert lines[5].startswith("| saisa (1 of 1 runs failed) | failed | – |")
     screen = StringIO()
     Console(file=screen, width=130).print(terminal_table(rows))
-    for part in ("against", "52.0–72.0", "+1.2", "failed", "KV/sample"):
+    for part in ("against", "52.0–72.0", "+1.2", "failed", "/sample"):
         assert part in screen.getvalue()
     assert "over seeds and questions" in notes(rows)[0]
 

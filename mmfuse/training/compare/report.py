@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ COLUMNS = (
     Column("exact match", lambda own: (percent(own.exact_match.mean), _range(own.exact_match))),
     Column("blind", lambda own: (percent(own.blind_exact_match), "")),
     Column("train tokens/s", lambda own: (short(own.tokens_per_second), "")),
-    Column("parameters", lambda own: (short(own.parameters), "")),
+    Column("params", lambda own: (short(own.parameters), "")),
     Column("train FLOPs/sample", lambda own: (short(own.cost.train_flops_per_sample), "")),
     Column("prefill", lambda own: (milliseconds(own.cost.generation.prefill_seconds), "")),
     Column("decode/token", lambda own: (milliseconds(own.cost.generation.decode_seconds_per_token), "")),
@@ -87,7 +88,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     titles, table = cells(rows)
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for number, name in enumerate(titles):
-        shown.add_column(name.replace(" ", "\n", 1), justify="right" if number else "left")
+        shown.add_column(re.sub(r" |(?=/sample|/token$)", "\n", name), justify="right" if number else "left")
     for row in table:
         shown.add_row(*("\n".join(filter(None, cell)) for cell in row))
     return shown
