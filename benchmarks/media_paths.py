@@ -1,4 +1,4 @@
-"""What strategies save in prefill and training when media give keys alone or stand aside, beside what their FLOPs promise.
+"""What strategies save in prefill and training, beside what their FLOPs promise.
 
     python benchmarks/media_paths.py --visual-tokens 576 --text-tokens 64 --rounds 5
 
@@ -95,19 +95,15 @@ def many_questions(models: dict[str, MultimodalLM], options: argparse.Namespace)
         prompts = [question(options, number) for number in range(options.questions)]
         features = torch.randn(1, options.visual_tokens, options.hidden // 4)
 
-        def without(model: Any = model, prompts: Any = prompts, features: Any = features) -> list[torch.Tensor]:
-            return [
-                model.generate(ids, tokens, image_features=features, max_new_tokens=1, do_sample=False)[
-                    :, ids.shape[1] :
-                ]
-                for ids, tokens in prompts
-            ]
+        def without(model: Any = model, prompts: Any = prompts, features: Any = features) -> None:
+            for ids, tokens in prompts:
+                model.generate(ids, tokens, image_features=features, max_new_tokens=1, do_sample=False)
 
-        def with_prefix(model: Any = model, prompts: Any = prompts, features: Any = features) -> list[torch.Tensor]:
+        def with_prefix(model: Any = model, prompts: Any = prompts, features: Any = features) -> None:
             ids, tokens = prompts[0]
             length = options.visual_tokens + 1
             prefix = PrefixCache(model, ids[:, :length], tokens.columns(0, length), image_features=features)
-            return prefix.generate([i for i, _ in prompts], [t for _, t in prompts], max_new_tokens=1, do_sample=False)
+            prefix.generate([i for i, _ in prompts], [t for _, t in prompts], max_new_tokens=1, do_sample=False)
 
         times: list[list[float]] = []
         for _ in range(options.rounds):
