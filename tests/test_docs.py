@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,15 +49,46 @@ def test_commands_are_documented_in_their_own_words() -> None:
         assert f"| `{name}` | {command.help} |" in page
 
 
-def test_example_strategy_does_what_its_picture_says() -> None:
+def example() -> tuple[str, str, str, str]:
+    """What the page tells to write: the file, the import, the entry of the table, the config."""
     page = (ROOT / "docs/add_a_strategy.md").read_text()
-    source = re.findall(r"```python\n(.*?)\n```", page, flags=re.DOTALL)[0]
-    namespace: dict[str, object] = {"__name__": "image_island"}
-    exec(compile(source, "image_island.py", "exec"), namespace)  # noqa: S102  # safe: our own page
+    file, imported, entry = re.findall(r"```python\n(.*?)\n```", page, flags=re.DOTALL)
+    (config,) = re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)
+    return file, imported, entry, config
+
+
+def test_example_strategy_does_what_its_picture_says() -> None:
+    source = example()[0]
+    namespace: dict[str, object] = {"__name__": "image_prefix"}
+    exec(compile(source, "image_prefix.py", "exec"), namespace)  # noqa: S102  # safe: our own page
     tokens = TokenMap.from_layout([("text", 1), ("image", 2), ("text", 1), ("answer", 1)])
     rows = re.findall(r"^      [SIQA] (.*)$", source, flags=re.MULTILINE)
     drawn = [[column < len(row) and row[column] == "#" for column in range(0, 2 * len(tokens), 2)] for row in rows]
-    assert namespace["ImageIsland"]().visibility(tokens).dense()[0].tolist() == drawn  # type: ignore[operator]
+    assert namespace["ImagePrefix"]().visibility(tokens).dense()[0].tolist() == drawn  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_following_the_page_adds_a_strategy_that_keeps_the_contracts(tmp_path: Path) -> None:
+    file, imported, entry, config = example()
+    for name in ("mmfuse", "tests/contracts", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("tests/conftest.py", "tests/test_configs.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "mmfuse/fusion/image_prefix.py").write_text(file + "\n")
+    (tmp_path / "configs/image_prefix.yaml").write_text(config + "\n")
+    table = tmp_path / "mmfuse/fusion/__init__.py"
+    text = table.read_text().replace('    "causal": Causal,', f'    "causal": Causal,\n{entry}')
+    table.write_text(text.replace("from mmfuse.fusion.base import", f"{imported}\nfrom mmfuse.fusion.base import", 1))
+    # The module path comes before an installed package.
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    words = ["tests/contracts", "tests/test_configs.py", "-k", "image_prefix or every_strategy_has_a_config", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, "-p", "no:cacheprovider"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > 100
 
 
 def test_features_of_the_data_page_fit_their_connector() -> None:
