@@ -20,7 +20,8 @@ alone (`reach="all"`: at every medium before it). The usual connector is `percei
 The base of this strategy is the text-only decoder: its sequence, positions and cache are those of the text by itself.
 
 Deliberate differences from the official code: keys and values of media are cached in decoding (there they are computed
-anew at every step); the last resampler layer maps to the decoder's width, so media come in that width.
+anew at every step); the last resampler layer maps to the decoder's width, so media come in that width; no placeholder
+stays in the text; under `reach="all"` text in front of every medium sees none (there it sees all, later ones too).
 """
 
 from __future__ import annotations

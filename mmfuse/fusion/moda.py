@@ -25,7 +25,8 @@ The defaults are what is sound; `OFFICIAL` is what the official code does:
   answers included, so labels leak into the logits in front of them: `text_scope="all"`.
 - Both directions of the paper. The code aligns media alone: `directions=("media",)`. Only prompt text is aligned, and
   only by media of its own turn, so an answer is decoded as it was trained.
-- Aligned keys enter the cache, for any number of key heads. The code's are lost under grouped-query attention.
+- Aligned keys enter the cache, for any number of key heads. The code's are lost under grouped-query attention, unless
+  there is one key head.
 - The pseudo-scores go on behind the end of the sequence, so that a row does not depend on how long its batch is; the
   code has no such mask: `decay_self=None, decay_cross=None`. The paper does not state β.
 - The paper's basis is `K̂ᵀK̂` (`gram="kk"`), the code's `K̂ᵀV` (`gram="kv"`). The paper's best fuser is `concat`.

@@ -18,7 +18,8 @@ pilot study does not say what a visual token without attention becomes, so three
 - `text_only`: it issues queries and sees the text before it, but no media, not even itself.
 
 Deliberate differences from the official code of ShortV: any number of media of any modality, batches, packing and
-padding (it has 35 tokens before one image); rows that are not computed are 0 at the end, as there.
+padding (it has 35 tokens before one image); media rows are 0 behind a frozen last layer (there they are their normed
+state).
 """
 
 from __future__ import annotations
