@@ -49,7 +49,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     listed = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and "  " in line.strip()}
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
-    assert set(COMMANDS) == {"fit", "validate", "test", "predict", "compare", "generate", "explain", "list"}
+    expected = {"fit", "validate", "test", "predict", "compare", "generate", "explain", "profile", "list"}
+    assert set(COMMANDS) == expected
 
 
 def test_module_and_function_give_the_same_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,10 @@ from mmfuse.training.strict import explain_mistake
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 #: Those that take weights from the hub are built without them, on the meta device.
-PRETRAINED = ("your_data.yaml", "paper/aki_4b.yaml")
+PRETRAINED = (
+    "your_data.yaml",
+    *(f"paper/{name}.yaml" for name in ("aki_4b", "ee_mllm_7b", "llava15_7b", "saisa_7b")),
+)
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 #: Those that change the fusion of another one.
 OVERLAYS = {
@@ -95,6 +98,30 @@ def test_aki_4b_has_the_size_of_the_paper() -> None:
     assert not instruct.trains("encoder")
     assert instruct.learning_rate("decoder", instruct.steps) == pytest.approx(1e-6)
     assert max(instruct.learning_rate("decoder", step) for step in range(300)) == pytest.approx(2e-5)
+
+
+def test_llava_and_what_is_built_on_it_have_the_size_of_the_papers() -> None:
+    llava, saisa, ee_mllm = (on_meta(f"paper/{name}.yaml") for name in ("llava15_7b", "saisa_7b", "ee_mllm_7b"))
+    assert sum(p.numel() for p in llava.decoder.parameters()) == 6_738_415_616
+    assert sum(p.numel() for p in llava.connectors.parameters()) == 20_979_712
+    assert llava.visual_tokens("image") == 576
+    # An MLP in each of 32 layers, of which the first is the connector.
+    assert millions(saisa.connectors) + millions(saisa.fusion) == pytest.approx(671.35, abs=0.01)
+    assert millions(ee_mllm) == millions(llava)
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "saisa_7b", "ee_mllm_7b"])
+def test_the_recipe_of_llava(name: str) -> None:
+    own = settings(f"paper/{name}.yaml")
+    align, instruct = (Stage(**stage) for stage in own["stages"])
+    batch = own["data"]["init_args"]["batch_size"] * own["trainer"]["devices"]
+    assert (align.steps * batch // 1000, instruct.steps * batch // 1000) == (558, 665)
+    assert align.lr == {"connector": 1e-3}
+    assert set(instruct.lr.values()) == {2e-5} and instruct.trains("decoder") and not instruct.trains("encoder")
+    for stage in (align, instruct):
+        assert stage.warmup == round(0.03 * stage.steps)
+        assert stage.learning_rate("connector", stage.steps) == 0
+    assert own["model"]["optimizer"]["weight_decay"] == 0
 
 
 def test_causal_differs_from_aki_in_the_fusion_alone() -> None:

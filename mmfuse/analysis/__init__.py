@@ -1,4 +1,4 @@
-"""Pictures of a run and of what a model attends to."""
+"""Pictures of a run, of what a model attends to, and what a model costs."""
 
 from mmfuse.analysis.attention import (
     AttentionExample,
@@ -9,10 +9,12 @@ from mmfuse.analysis.attention import (
     visual_grid,
 )
 from mmfuse.analysis.plots import plot_attention, plot_families, plot_losses, plot_predictions
+from mmfuse.analysis.profile import Profile, profile_model, training_flops
 
 __all__ = [
     "AttentionExample",
     "AttentionMaps",
+    "Profile",
     "SampleAttention",
     "attention_examples",
     "attention_to_image",
@@ -20,5 +22,7 @@ __all__ = [
     "plot_families",
     "plot_losses",
     "plot_predictions",
+    "profile_model",
+    "training_flops",
     "visual_grid",
 ]

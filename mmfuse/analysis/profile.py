@@ -184,6 +184,7 @@ class _ShapeOfAttention(torch.autograd.Function):
 @contextmanager
 def counted() -> Iterator[FlopCounterMode]:
     """Counts matrix products; attention outside of the decoder is written out, since not every fused one is counted."""
+    # With a graph: under `no_grad` the counter's hooks fail on views of fake parameters.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         yield counter
 
