@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 #: Those that take weights from the hub are built without them, on the meta device.
 PRETRAINED = (
     "your_data.yaml",
-    *(f"paper/{name}.yaml" for name in ("aki_4b", "ee_mllm_7b", "llava15_7b", "saisa_7b")),
+    *(f"paper/{name}.yaml" for name in ("aki_4b", "ee_mllm_7b", "llava15_7b", "moda_8b", "saisa_7b")),
 )
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 #: Those that change the fusion of another one.
@@ -122,6 +122,19 @@ def test_the_recipe_of_llava(name: str) -> None:
         assert stage.warmup == round(0.03 * stage.steps)
         assert stage.learning_rate("connector", stage.steps) == 0
     assert own["model"]["optimizer"]["weight_decay"] == 0
+
+
+def test_moda_8b_has_the_size_and_the_recipe_of_the_paper() -> None:
+    model = on_meta("paper/moda_8b.yaml")
+    assert sum(p.numel() for p in model.decoder.parameters()) == 8_030_261_248 + 2 * 4096  # Llama 3 and <image>
+    # In each of 32 layers a fuser [128, 256] for media and one for text.
+    assert sum(p.numel() for p in model.fusion.parameters()) == 32 * 2 * 128 * 256
+    own = settings("paper/moda_8b.yaml")
+    _, instruct = (Stage(**stage) for stage in own["stages"])
+    trainer, data = own["trainer"], own["data"]["init_args"]
+    assert data["batch_size"] * trainer["devices"] * trainer["accumulate_grad_batches"] == 2048
+    assert instruct.lr["decoder"] == 2e-5 and instruct.lr["encoder"] == 2e-6
+    assert instruct.warmup == round(0.03 * instruct.steps)
 
 
 def test_causal_differs_from_aki_in_the_fusion_alone() -> None:

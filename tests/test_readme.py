@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -44,23 +46,47 @@ def test_targets_exist_and_ci_or_a_test_runs_them(line: str) -> None:
     assert target == "fit" or f"make {target}" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_command_runs_in_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the configs, of which the demo's is small."""
     monkeypatch.setenv("MMFUSE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    small = tmp_path / "small.yaml"
-    small.write_text(yaml.safe_dump(SMALL))
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    demo = tmp_path / "configs" / "aki.yaml"
+    demo.write_text(yaml.safe_dump(merged(yaml.safe_load(demo.read_text()), SMALL)))
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def merged(base: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        k: merged(base[k], v) if isinstance(v, dict) and isinstance(base.get(k), dict) else v for k, v in more.items()
+    }
+    return {**base, **both}
+
+
+def run(line: str) -> None:
+    words = shlex.split(line)
+    assert words[0] == "mmfuse", f"no test knows how to run {line!r}"
+    assert main(words[1:]) == 0, line
+
+
+#: Those that start several runs, or build models of the size of the papers.
+LONG = ("mmfuse compare", "mmfuse profile")
+
+
+def test_every_command_runs_in_order(newcomer: Path) -> None:
     for line in commands():
-        words = shlex.split(line)
-        if words[0] == "make":
-            continue
-        assert words[0] == "mmfuse", f"no test knows how to run {line!r}"
-        overlay = ["--config", str(small)] if "--config" in words else []
-        assert main([*words[1:], *overlay]) == 0, line
-        capsys.readouterr()
-    assert (tmp_path / "runs" / "aki" / "report.html").exists()
+        if not line.startswith(("make ", *LONG)):
+            run(line)
+    assert (newcomer / "runs" / "aki" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith(LONG)])
+def test_long_commands_run(line: str, newcomer: Path) -> None:
+    run(line)
+    if "compare" in line:
+        assert (newcomer / "runs" / "aki-compare" / "compare.md").exists()
 
 
 def test_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:

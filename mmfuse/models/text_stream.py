@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mmfuse.models.attention import Recorder, Request
 from mmfuse.models.layer_parts import LayerParts, Rotary
@@ -29,7 +30,7 @@ class TextStream:
 
     def __init__(self, run: Pass, parts: type[LayerParts]) -> None:
         tokens = run.new
-        self._run, self._parts, self._length = run, parts, len(tokens)
+        self._run, self._parts, self._length, self._depth = run, parts, len(tokens), len(run.layers)
         self._text = kept_index(~tokens.is_media & ~tokens.is_pad)
         self._media = kept_index(tokens.is_media)
         self._order = _order(tokens.is_media, tokens.is_pad, self._text.shape[1])
@@ -49,22 +50,35 @@ class TextStream:
 
     def layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> tuple[Tensor, Tensor]:
         """Text and media behind decoder layer `index`."""
-        run, parts, update = self._run, self._parts(layer), self._run.fusion.media_update
-        rotary = self._rotary(index)
-        media = run.fusion.media_state(index, media, self._source)
-        keys, values = parts.keys_and_values(media, _at(rotary, self._media))
+        run, rotary = self._run, self._rotary(index)
+
+        def media_path(media: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self._media_path(index, layer, media, _at(rotary, self._media))
+
+        if getattr(layer, "gradient_checkpointing", False) and layer.training:
+            # The layer recomputes what it did to text; this is the rest of it.
+            keys, values, media = checkpoint(media_path, media, use_reentrant=False)
+        else:
+            keys, values, media = media_path(media)
         request = Request(
             self._visibility,
             run.attention,
             record=self._recorder(),
             enter=lambda k, v: (self._merged(k, keys), self._merged(v, values)),
         )
-        text = run.call(layer, text, _at(rotary, self._text), self._positions, request)
-        if update.value_output:
-            media = parts.attend_self(media, values)
-        if update.feed_forward:
-            media = parts.feed_forward(media)
-        return text, media
+        return run.call(layer, text, _at(rotary, self._text), self._positions, request), media
+
+    def _media_path(self, index: int, layer: nn.Module, media: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values of media for this layer, and the state that they are in behind it."""
+        parts, fusion = self._parts(layer), self._run.fusion
+        media = fusion.media_state(index, media, self._source)
+        keys, values = parts.keys_and_values(media, rotary)
+        if index + 1 < self._depth:  # behind the last layer nobody reads them
+            if fusion.media_update.value_output:
+                media = parts.attend_self(media, values)
+            if fusion.media_update.feed_forward:
+                media = parts.feed_forward(media)
+        return keys, values, media
 
     def _merged(self, text: Tensor, media: Tensor) -> Tensor:
         """`[B, Hkv, S, Dh]` in the order of the sequence, of `[B, Hkv, T, Dh]` and `[B, Hkv, M, Dh]`."""

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Cache
 
 from mmfuse.analysis.mode import evaluation_mode
+from mmfuse.analysis.profile import cache_bytes
 from mmfuse.data import Sample, encode_sample, split_answer
 from mmfuse.fusion import Fusion
 from mmfuse.models import MultimodalLM, MultimodalProcessor
@@ -182,10 +181,3 @@ def _timed(model: MultimodalLM, inputs: dict[str, Any]) -> tuple[Any, float]:
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Bytes of keys and values of all layers, and of the tensors that a cache may hold by layer in `media`."""
-    held: list[Tensor | None] = [getattr(layer, name) for layer in cache.layers for name in ("keys", "values")]
-    held += [part for parts in getattr(cache, "media", {}).values() for part in parts]
-    return sum(part.numel() * part.element_size() for part in held if part is not None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -99,6 +100,12 @@ class MultimodalModule(LightningModule):
         self.network, self.processor = build_network(network, _load_tokenizer(tokenizer))
         for part, module in self.network.parts().items():
             module.requires_grad_(part in self.schedule.trained_parts())
+        if "fusion" not in self.schedule.trained_parts() and any(True for _ in self.network.fusion.parameters()):
+            warnings.warn(
+                f"{type(self.network.fusion).__name__} has parameters of its own and no stage tunes them: give "
+                "`fusion` a learning rate in stages[].lr",
+                stacklevel=2,
+            )
         if gradient_checkpointing:
             self.network.activation_checkpointing_enable()
         self.last_step: StepTotals | None = None

@@ -60,7 +60,7 @@ def _parser() -> StrictParser:
     parser.add_argument("--config", action="append", required=True, help="a config; repeat to overlay")
     parser.add_argument("--visual-tokens", type=int, metavar="N", help="of a sample (default: those of one image)")
     parser.add_argument("--text-tokens", type=int, default=64, metavar="N", help="of a sample (default: 64)")
-    parser.add_argument("--fusion", metavar="A,B,…", help="strategies to show (default: causal and the config's own)")
+    parser.add_argument("--fusion", metavar="A,B,…", help="strategies to show (default: all, causal first)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples (default: 1)")
     parser.add_argument(
         "--dtype", choices=sorted(DTYPES), default="bfloat16", help="of all tensors (default: bfloat16)"
@@ -79,13 +79,13 @@ def network_spec(words: Sequence[str]) -> NetworkSpec:
 
 
 def fusions(asked: str | None, spec: NetworkSpec) -> dict[str, str | dict[str, Any]]:
-    """The strategies to show by name; the config's own with its settings.
+    """The strategies to show by name, all of them if none are `asked` for; the config's own with its settings.
 
     Raises:
         ConfigError: a name that no strategy has.
     """
     own = spec.fusion if isinstance(spec.fusion, str) else str(spec.fusion.get("type"))
-    names = [BASELINE, own] if asked is None else [name.strip() for name in asked.split(",")]
+    names = list(dict.fromkeys([BASELINE, own, *FUSIONS])) if asked is None else [n.strip() for n in asked.split(",")]
     for name in names:
         if name not in FUSIONS:
             raise ConfigError(unknown("fusion", name, FUSIONS))

@@ -1,14 +1,15 @@
 """What the contract suite runs over: a strategy joins by its line in `FUSIONS`, a decoder by its line in `FAMILIES`.
 
 The full cross product would say little more than this covering design: every strategy with every family on a ragged
-batch, and on Llama every strategy with every arrangement of samples and every attention backend.
+batch, and on Llama every strategy with every arrangement of samples, every attention backend, and both multi-head and
+grouped-query attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, product
 
 import pytest
 from torch import Tensor
@@ -84,7 +85,8 @@ def design() -> list[Case]:
     cases = []
     for fusion in FUSIONS:
         cases += [Case(fusion, family, next(heads), "ragged_left", "auto") for family in FAMILIES]
-        cases += [Case(fusion, "llama", next(heads), name, backend) for name in ARRANGEMENTS for backend in BACKENDS]
+        for name, backend, kv_heads in product(ARRANGEMENTS, BACKENDS, (4, 2)):
+            cases.append(Case(fusion, "llama", kv_heads, name, backend))
     return cases
 
 

@@ -22,9 +22,10 @@ def test_bf16_autocast_is_close_to_float32(family: str) -> None:
     assert float(difference / exact.logits.detach().abs().max()) < 0.1
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "smollm3", "gemma3_text"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_gradients_under_autocast(fusion: str) -> None:
-    model = tiny_model(fusion).train()
+def test_gradients_under_autocast(fusion: str, family: str) -> None:
+    model = tiny_model(fusion, family).train()
     batch = tiny_batch(model)
     model(**batch).loss.backward()
     exact = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
@@ -38,8 +39,9 @@ def test_gradients_under_autocast(fusion: str) -> None:
     assert 0.9 < float(rounded.norm() / exact.norm()) < 1.1
 
 
-def test_a_bfloat16_model_runs() -> None:
-    model = tiny_model("mma").to(torch.bfloat16)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_bfloat16_model_runs(fusion: str) -> None:
+    model = tiny_model(fusion).to(torch.bfloat16)
     output = model(**tiny_batch(model))
     assert output.logits.dtype == torch.bfloat16
     assert torch.isfinite(output.loss)

@@ -344,3 +344,8 @@ def test_a_strategys_projectors_start_from_the_connector_when_a_stage_begins_to_
     # Equal at first, left behind while the connector learns alone, and taken along where the second stage begins.
     assert same == [True, True, False, False, False, False, False, True]
     assert not torch.equal(projectors.state_dict()["projection.0.weight"], taken[-1][0]["projection.0.weight"])
+
+
+def test_a_strategy_whose_parameters_no_stage_tunes_is_named(spec: NetworkSpec) -> None:
+    with pytest.warns(UserWarning, match="GatedCrossAttention has parameters of its own and no stage tunes them"):
+        MultimodalModule(replace(spec, fusion="cross_attention"), [stage()])
