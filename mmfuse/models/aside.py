@@ -129,7 +129,7 @@ class AsideLayers:
         text, media = gather_rows(run.embeds, self._text), gather_rows(run.embeds, self._media)
         for index, layer in enumerate(run.layers):
             text = self._layer(index, layer, text, media)
-        return scatter_rows(run.base.norm(text), self._text, len(run.new))  # type: ignore[operator]
+        return scatter_rows(run.norm(text), self._text, len(run.new))
 
     def _layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> Tensor:
         run = self._run
