@@ -1,6 +1,24 @@
 """Masked attention: visibility rules and the backends that run them."""
 
-from mmfuse.kernels.attention import BACKEND_NAMES, BACKENDS, attend
+from mmfuse.kernels.attention import attend
+from mmfuse.kernels.call import BackendRefusal, Call
+from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
+from mmfuse.kernels.plan import BlockPlan, plan_blocks
+from mmfuse.kernels.rectangles import rectangle_cover
 from mmfuse.kernels.visibility import Axis, Condition, Rules, Visibility
 
-__all__ = ["BACKENDS", "BACKEND_NAMES", "Axis", "Condition", "Rules", "Visibility", "attend"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "Axis",
+    "BackendRefusal",
+    "BlockPlan",
+    "Call",
+    "Condition",
+    "Rules",
+    "Visibility",
+    "attend",
+    "choose",
+    "plan_blocks",
+    "rectangle_cover",
+]

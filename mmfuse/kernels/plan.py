@@ -172,7 +172,7 @@ def _plan(visibility: Visibility, block_q: int, block_k: int) -> BlockPlan:
         counts.append(count[partial])
         words.append(pack_bits(seen[partial]))
         words_t.append(pack_bits(seen[partial].transpose(1, 2)))
-    batch, nq, nk = state.shape
+    batch, nq, _ = state.shape
     shared, shared_t, tile = _share(words, words_t, block_q, block_k, state.device)
     full_tiles, partial_tiles = (state == FULL).flatten(0, 1), (state == UNKNOWN).flatten(0, 1)
     # The bit tiles are numbered in this grid, so that both orientations can look theirs up.
