@@ -151,9 +151,9 @@ def attention_flops(visibility: Visibility, heads: int, width: int, backend: str
     """FLOPs that a backend of `attend` executes: `4 · heads · width` for each pair of query and key.
 
     `reference` computes all pairs, and so does `flex` on the CPU. So does `sdpa`, except that its causal kernel leaves
-    out those above the diagonal: `n(n + 1)/2` of `n²` are left. `rectangles` computes visible pairs alone. (Kernels work
-    in tiles, and compute whole those that the diagonal crosses.) A mass is one more key and one more column of q, k and
-    v for `sdpa`. `auto` is what it chooses for a float32 call without gradients on the CPU.
+    out those above the diagonal: `n(n + 1)/2` of `n²` are left. `rectangles` computes visible pairs alone. (Kernels
+    work in tiles, and compute whole those that the diagonal crosses.) A mass is one more key and one more column of q,
+    k and v for `sdpa`. `auto` is what it chooses for a float32 call on the CPU.
 
     Raises:
         ValueError: what this backend executes is not known.

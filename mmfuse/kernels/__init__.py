@@ -1,7 +1,7 @@
 """Masked attention: visibility rules and the backends that run them."""
 
 from mmfuse.kernels.attention import attend
-from mmfuse.kernels.call import BackendRefusal, Call
+from mmfuse.kernels.call import BackendError, Call
 from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
 from mmfuse.kernels.plan import BlockPlan, plan_blocks
 from mmfuse.kernels.rectangles import rectangle_cover
@@ -11,7 +11,7 @@ __all__ = [
     "BACKENDS",
     "BACKEND_NAMES",
     "Axis",
-    "BackendRefusal",
+    "BackendError",
     "BlockPlan",
     "Call",
     "Condition",

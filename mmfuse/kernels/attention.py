@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mmfuse.errors import unknown
-from mmfuse.kernels.call import BackendRefusal, Call
+from mmfuse.kernels.call import BackendError, Call
 from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
 from mmfuse.kernels.reference import attention_weights
 from mmfuse.kernels.visibility import Visibility
@@ -48,7 +48,7 @@ def attend(
     Raises:
         TypeError: the mask is not a Visibility, or the inputs differ in dtype.
         ValueError: unknown backend, or shapes that do not belong together.
-        BackendRefusal: the backend that was asked for by name cannot compute this; others are named.
+        BackendError: the backend that was asked for by name cannot compute this; others are named.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(unknown("attention backend", backend, BACKEND_NAMES))
@@ -58,7 +58,7 @@ def attend(
     reason = BACKENDS[name].refusal(visibility, call)
     if reason is not None:
         able = [other for other, candidate in BACKENDS.items() if candidate.refusal(visibility, call) is None]
-        raise BackendRefusal(f"attention backend {name!r} refuses: {reason}. Backends that can: {', '.join(able)}")
+        raise BackendError(f"attention backend {name!r} refuses: {reason}. Backends that can: {', '.join(able)}")
     return BACKENDS[name].run(q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale, mass)
 
 

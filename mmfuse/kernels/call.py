@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class BackendRefusal(NotImplementedError):
+class BackendError(NotImplementedError):
     """A backend was asked for what it cannot compute; the message gives the reason and the backends that can."""
 
 

@@ -1,15 +1,15 @@
 """The table of backends, and the rule by which `auto` chooses one.
 
-| backend      | runs                                                    | refuses                                        |
-|--------------|---------------------------------------------------------|------------------------------------------------|
-| `reference`  | softmax written out, any float dtype, any device        | nothing                                        |
-| `sdpa`       | torch's fused attention: no mask, causal, or dense mask | nothing                                        |
-| `rectangles` | torch's fused attention on each rectangle of the mask   | other devices than the CPU; masks that windows |
-|              |                                                         | or SELF cut; more than 1,024 rectangles        |
-| `flex`       | FlexAttention on the planner's block mask               | gradients on the CPU                           |
+| backend      | runs                                                    | refuses                                |
+|--------------|---------------------------------------------------------|----------------------------------------|
+| `reference`  | softmax written out, any float dtype, any device        | nothing                                |
+| `sdpa`       | torch's fused attention: no mask, causal, or dense mask | nothing                                |
+| `rectangles` | torch's fused attention on each rectangle of the mask   | devices other than the CPU; masks that |
+|              |                                                         | a window or SELF cuts; more than 1,024 |
+| `flex`       | FlexAttention on the planner's block mask               | gradients on the CPU                   |
 
-`auto` is `sdpa` where that needs no dense mask, and otherwise the cheaper of `sdpa` and `rectangles` by their predicted
-cost. `mmfuse kernels` prints the choice for a shape, and why.
+`auto` is `sdpa` where that needs no dense mask, and otherwise the cheaper of `sdpa` and `rectangles` by predicted cost.
+`mmfuse kernels` prints the choice for a shape, and why. A new backend is one more line of `BACKENDS`.
 """
 
 from __future__ import annotations

@@ -34,8 +34,10 @@ def refusal(visibility: Visibility, call: Call) -> str | None:
 def flex(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None) -> Tensor:
     """Masked attention by FlexAttention; rows that see nothing give 0."""
     mask = visibility.remember("block mask", lambda: block_mask(visibility))
-    # dynamic=None lets torch notice by itself which lengths vary.
-    run: Any = flex_attention if q.device.type == "cpu" else torch.compile(flex_attention)
+    run: Any = torch.compile(flex_attention)
+    if q.device.type == "cpu":
+        # torch refuses inputs that require a gradient even where none is recorded.
+        run, q, k, v = flex_attention, q.detach(), k.detach(), v.detach()
     with warnings.catch_warnings():
         # That it is not compiled on the CPU is meant so.
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")

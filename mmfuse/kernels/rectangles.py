@@ -1,16 +1,17 @@
 """A mask as disjoint rectangles, each wholly visible or causal, found from the runs of its tokens.
 
-A run is a stretch of tokens that the rules cannot tell apart, but for ranks that all are equal or count up by one. Pairs
-of runs are few, and three-valued logic says of each whether it is empty, full or exactly causal; neighbours are joined.
+A run is a stretch of tokens that the rules cannot tell apart, but for ranks that all are equal or count up by one.
+Pairs of runs are few, and three-valued logic says of each whether it is empty, full or exactly causal; neighbours are
+joined.
 
-    NAAViT: T text, I image          two causal squares `\\` and one full rectangle `#`
+    NAAViT (T text, I image): two causal squares 1 and 3, and one full rectangle 2
           T T I I T T
-        T \\ .
-        T \\ \\
+        T 1
+        T 1 1
         I
         I
-        T # # # # \\ .
-        T # # # # \\ \\
+        T 2 2 2 2 3
+        T 2 2 2 2 3 3
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mmfuse.fusion import FUSIONS
 from mmfuse.fusion.base import ANSWER, CLASSES, MEDIA, PROMPT, axis_of, base_visibility
-from mmfuse.kernels import BACKENDS, BackendRefusal, Call, Condition, Visibility, attend
+from mmfuse.kernels import BACKENDS, BackendError, Call, Condition, Visibility, attend
 from mmfuse.kernels.attention import attention_weights
 from mmfuse.sequence import TokenMap
 
@@ -59,7 +59,7 @@ def refused(backend: str, visibility: Visibility, inputs: list[Tensor]) -> bool:
     call = Call.of(*inputs[:3], mass=None)
     reason = BACKENDS[backend].refusal(visibility, call)
     if reason is not None:
-        with pytest.raises(BackendRefusal, match=re.escape(f"attention backend {backend!r} refuses: {reason}")):
+        with pytest.raises(BackendError, match=re.escape(f"attention backend {backend!r} refuses: {reason}")):
             attend(*inputs[:3], visibility, backend=backend)
     return reason is not None
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mmfuse.fusion import FUSIONS
-from mmfuse.kernels import BackendRefusal, Condition, Visibility, attend, rectangle_cover
+from mmfuse.kernels import BackendError, Condition, Visibility, attend, rectangle_cover
 from mmfuse.kernels.rectangles import Cover
 from mmfuse.sequence import TokenMap
 
@@ -76,7 +76,7 @@ def test_what_is_no_rectangle_is_refused() -> None:
     windowed = FUSIONS["causal"]().visibility(tokens).view(window=3, keys=18)
     for visibility in (windowed, FUSIONS["composite"]().visibility(tokens)):
         with pytest.raises(
-            BackendRefusal, match=r"window or SELF cuts them\)\. Backends that can: reference, sdpa, flex"
+            BackendError, match=r"window or SELF cuts them\)\. Backends that can: reference, sdpa, flex"
         ):
             attend(q, q, q, visibility, backend="rectangles")
     axis = windowed.queries
