@@ -88,7 +88,7 @@ def _cover(visibility: Visibility) -> Cover:
     for sample, grid in enumerate(state.tolist()):
         for rectangle in _join(grid, edges_q[sample], edges_k[sample]):
             found[rectangle].append(sample)
-    rectangles = [Rectangle(*span, *where) for where, samples in found.items() for span in _spans(samples)]
+    rectangles = [Rectangle(start, stop, *where) for where, samples in found.items() for start, stop in _spans(samples)]
     if len(rectangles) > MAX_RECTANGLES:
         return Cover(problem=f"it takes {len(rectangles)} rectangles, more than {MAX_RECTANGLES}")
     return Cover(tuple(sorted(rectangles)))
