@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,9 +68,17 @@ def _peak(mask: str, length: int, heads: int, width: int, backend: str, threads:
     # What the first call loads belongs to no mask.
     run(make_visibility("mma", 64), small, torch.randn_like(small[0]), backend)
     visibility = make_visibility(mask, length)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _high_water(reset=True)
     run(visibility, inputs, direction, backend)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _high_water() - before
+
+
+def _high_water(reset: bool = False) -> float:
+    """The process's peak resident memory in MiB, since the last reset (Linux; `ru_maxrss` counts the parent's, too)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def compare(mask: str, length: int, options: argparse.Namespace) -> None:
