@@ -96,10 +96,12 @@ def compare(mask: str, length: int, options: argparse.Namespace) -> None:
                     f"{mask}, {length}: {name} differs from the dense mask by {error:.1e}; nothing to report"
                 )
     times: dict[str, list[float]] = {name: [] for name in [*names, "auto"]}
-    for _ in range(options.rounds):
-        for name, taken in times.items():
+    for turn in range(options.rounds):
+        # Each goes first as often as the others: what a run leaves in caches and allocator slows or speeds the next.
+        order = list(times)[turn % len(times) :] + list(times)[: turn % len(times)]
+        for name in order:
             lowered = fresh(visibility)
-            taken.append(seconds(lambda: run(lowered, inputs, direction, name)))  # noqa: B023
+            times[name].append(seconds(lambda: run(lowered, inputs, direction, name)))  # noqa: B023
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     planning = statistics.median(seconds(lambda: plan_blocks(fresh(visibility))) for _ in range(5))
     memory = {}
