@@ -37,8 +37,8 @@ class Profile:
         kv_bytes: keys and values that the prefill leaves for decoding.
         activation_bytes: what the decoder keeps for the backward pass of a training step, parameters excluded, if
             attention keeps its inputs and its output and no scores.
-        checkpointed_activation_bytes: the same with activation checkpointing of every layer; without the keys and
-            values of media that a checkpointed layer is given beside its rows.
+        checkpointed_activation_bytes: the same with activation checkpointing of every layer; without the state of media
+            that a checkpointed layer is given beside its rows.
         parameters: of each part of the model.
         encoder_flops: all encoders on one medium each, of as many tokens as an encoder gives.
         connector_flops: all connectors behind them.

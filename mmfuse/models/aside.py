@@ -10,6 +10,7 @@ Shapes: `B` samples, `S` tokens of this call, `T` of them text, `M` media tokens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -128,19 +129,22 @@ class AsideLayers:
         text, media = gather_rows(run.embeds, self._text), gather_rows(run.embeds, self._media)
         for index, layer in enumerate(run.layers):
             text = self._layer(index, layer, text, media)
-        return scatter_rows(run.base.norm(text), self._text, len(run.new))  # type: ignore[operator]
+        return scatter_rows(run.norm(text), self._text, len(run.new))
 
     def _layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> Tensor:
         run = self._run
         seen: list[Tensor] = []
         request = Request(self._self, run.attention, record=self._recorder(self._keys, seen))
         if run.fusion.changes(index):
-            keys, values = self._media_keys(index, layer, media)
-            if run.fusion.joins_attention:
+            media_keys = partial(self._media_keys, index, layer, media)
+            if not text.shape[1]:
+                media_keys()
+            elif run.fusion.joins_attention:
                 record = self._recorder(torch.cat([self._keys, self._places], dim=1))
-                request = Request(self._joined, run.attention, record, media=(keys, values))
-            elif text.shape[1]:
-                text = run.fusion.cross_attend(index, text, self._look(keys, values, seen))
+                # Made inside the layer, where sharded weights are gathered: its norm is applied to media.
+                request = Request(self._joined, run.attention, record, media=media_keys)
+            else:
+                text = run.fusion.cross_attend(index, text, self._look(*media_keys(), seen))
         if not text.shape[1]:
             return text
         return run.call(layer, text, self._rotary(index), self._positions, request)

@@ -46,7 +46,7 @@ class Request:
         record: is given the layer's weights.
         enter: applied to keys and values where they enter the cache, and at the same point without a cache.
         mass: `[B, rows]`, see `attend`.
-        media: keys and values `[B, Hkv, M, Dh]` that stand behind the layer's own in the same softmax.
+        media: gives keys and values `[B, Hkv, M, Dh]` that stand behind the layer's own in the same softmax.
     """
 
     visibility: Visibility
@@ -54,7 +54,7 @@ class Request:
     record: Recorder | None = None
     enter: Enter | None = None
     mass: Tensor | None = None
-    media: tuple[Tensor, Tensor] | None = None
+    media: Callable[[], tuple[Tensor, Tensor]] | None = None
 
 
 class EnteringCache(Cache):
@@ -110,7 +110,8 @@ def visible_attention(
     if request.enter is not None:
         key, value = request.enter(key, value)
     if request.media is not None:
-        key, value = (torch.cat([own, media], dim=2) for own, media in zip((key, value), request.media, strict=True))
+        media = request.media()
+        key, value = (torch.cat([own, other], dim=2) for own, other in zip((key, value), media, strict=True))
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave q and k in float32, and v comes from a Linear in the lower precision.
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))

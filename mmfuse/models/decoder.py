@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -97,8 +96,8 @@ def _run_in_sequence(run: Pass, parts: type[LayerParts]) -> Tensor:
                 hidden, apart = stream.join(*apart), None
             hidden = run.call(layer, hidden, rows.rotary(index), rows.positions, rows.request(index))
     if stream is not None and apart is not None:
-        return stream.join(run.base.norm(apart[0]))  # type: ignore[operator]
-    return cast(Tensor, run.base.norm(hidden))  # type: ignore[operator]
+        return stream.join(run.norm(apart[0]))
+    return run.norm(hidden)
 
 
 class _Rows:

@@ -47,8 +47,8 @@ class MultimodalGenerationMixin(GenerationMixin):
         Args:
             input_ids: `[B, S]` prompts up to and including the answer header.
             tokens: their map; made from `attention_mask` and the placeholder ids if not given.
-            **kwargs: the media as `forward` takes them, `attention_mask`, and everything that Hugging Face's
-                `generate` takes.
+            **kwargs: the media of what is not cached, as `forward` takes them, `attention_mask`, and everything that
+                Hugging Face's `generate` takes.
 
         Raises:
             ValueError: a prompt is padded on the right, or media that the model does not take.
@@ -73,10 +73,16 @@ class MultimodalGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         cached = past_key_values.get_seq_length() if past_key_values is not None else 0
         new = input_ids.shape[1] - cached if next_sequence_length is None else next_sequence_length
+        assert tokens is not None
+        seen = tokens.columns(len(tokens) - new).modality
         return {
             "input_ids": input_ids[:, -new:],
             "tokens": tokens,
-            **{name: kwargs.get(name) if cached == 0 else None for name in self.input_names.values()},
+            # Media are given once, with the tokens that stand for them: a later turn may bring new ones.
+            **{
+                name: kwargs.get(name) if bool((seen == Modality[modality.upper()]).any()) else None
+                for modality, name in self.input_names.items()
+            },
             "past_key_values": past_key_values,
             "use_cache": kwargs.get("use_cache"),
             "logits_to_keep": kwargs.get("logits_to_keep") or 0,
@@ -99,7 +105,8 @@ class MultimodalGenerationMixin(GenerationMixin):
         """Beams repeat samples; media are listed by sample, so a sample's media are repeated as a group."""
         tokens = model_kwargs.pop("tokens")
         cache = model_kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() and expand_size > 1:
+        cached = cache.get_seq_length() if cache is not None else 0
+        if cache is not None and cached and expand_size > 1:
             cache.batch_repeat_interleave(expand_size)
         media = {modality: model_kwargs.pop(name, None) for modality, name in self.input_names.items()}
         repeated_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
@@ -107,7 +114,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         )
         for modality, inputs in media.items():
             if inputs is not None and expand_size > 1:
-                slots = tokens.modality == Modality[modality.upper()]
+                slots = tokens.columns(cached).modality == Modality[modality.upper()]
                 groups = inputs.split((slots.sum(1) // self.visual_tokens(modality)).tolist())
                 inputs = torch.cat([group for group in groups for _ in range(expand_size)])
             model_kwargs[self.input_names[modality]] = inputs

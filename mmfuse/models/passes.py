@@ -53,6 +53,11 @@ class Pass:
         """The decoder's layers."""
         return list(cast(Any, self.base).layers)
 
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The decoder's final norm."""
+        normed: Tensor = cast(Any, self.base).norm(hidden)
+        return normed
+
     def source(self, media_index: Tensor) -> MediaSource:
         """What the encoders gave for the media at `media_index [B, M]` of the new tokens."""
         place = self.new.modality.clone()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmfuse.models.attention import Recorder, Request
 from mmfuse.models.layer_parts import LayerParts, Rotary
@@ -50,23 +49,16 @@ class TextStream:
 
     def layer(self, index: int, layer: nn.Module, text: Tensor, media: Tensor) -> tuple[Tensor, Tensor]:
         """Text and media behind decoder layer `index`."""
-        run, rotary = self._run, self._rotary(index)
+        rotary, left = self._rotary(index), [media]
 
-        def media_path(media: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self._media_path(index, layer, media, _at(rotary, self._media))
+        def enter(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            # Called inside the layer, where sharded weights are gathered and checkpointing recomputes what is done.
+            keys, values, left[0] = self._media_path(index, layer, media, _at(rotary, self._media))
+            return self._merged(k, keys), self._merged(v, values)
 
-        if getattr(layer, "gradient_checkpointing", False) and layer.training:
-            # The layer recomputes what it did to text; this is the rest of it.
-            keys, values, media = checkpoint(media_path, media, use_reentrant=False)
-        else:
-            keys, values, media = media_path(media)
-        request = Request(
-            self._visibility,
-            run.attention,
-            record=self._recorder(),
-            enter=lambda k, v: (self._merged(k, keys), self._merged(v, values)),
-        )
-        return run.call(layer, text, _at(rotary, self._text), self._positions, request), media
+        request = Request(self._visibility, self._run.attention, record=self._recorder(), enter=enter)
+        text = self._run.call(layer, text, _at(rotary, self._text), self._positions, request)
+        return text, left[0]
 
     def _media_path(self, index: int, layer: nn.Module, media: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values of media for this layer, and the state that they are in behind it."""

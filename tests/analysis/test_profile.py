@@ -19,6 +19,7 @@ from mmfuse.analysis.workload import Workload, copy_with, workload_tokens
 from mmfuse.errors import ConfigError
 from mmfuse.fusion import FUSIONS, DecoderShape
 from mmfuse.fusion.base import base_visibility
+from mmfuse.fusion.flops import text_stream_flops
 from mmfuse.models import MultimodalLM
 from mmfuse.sequence import TokenMap
 from mmfuse.testing import FAMILIES, tiny_model
@@ -57,6 +58,11 @@ def test_flops_executed_are_those_of_the_model_that_runs(fusion: str, family: st
     if fusion == "saisa":
         # The projector of the first layer is the model's connector.
         assert difference == -BATCH * 2 * VISUAL * 16 * 32
+    elif fusion == "composite":
+        # Behind the last layer nobody reads media, so it does not update them.
+        shape = DecoderShape.of(model.config.text_config)
+        updated, plain = (text_stream_flops(shape, TEXT, VISUAL, value_output=on, ffn=on) for on in (True, False))
+        assert difference == -BATCH * (updated - plain)
     elif fusion == "moda":
         # Aligned keys are computed for all tokens in both directions, and kept where they belong.
         assert difference > 0

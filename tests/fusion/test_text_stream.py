@@ -14,7 +14,6 @@ from mmfuse.errors import ConfigError
 from mmfuse.fusion import FUSIONS, NAAViT, build_fusion
 from mmfuse.fusion.base import MediaPath, MediaUpdate
 from mmfuse.models import MultimodalLM
-from mmfuse.models.layer_parts import PARTS
 from mmfuse.sequence import Modality
 from mmfuse.testing import FAMILIES, tiny_batch, tiny_model
 
@@ -255,7 +254,3 @@ def test_naavit_settings() -> None:
         NAAViT(reading="self-only")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="feed_forward belongs to reading 'no_query'"):
         NAAViT(reading="text_only", feed_forward=True)
-
-
-def test_parts_know_every_family() -> None:
-    assert PARTS.keys() == FAMILIES.keys()

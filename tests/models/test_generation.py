@@ -191,3 +191,23 @@ def test_sampling_follows_the_seed() -> None:
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(drawn[0][0::2], drawn[0][1::2])
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_later_turn_with_a_new_image_goes_on_from_the_cache(fusion: str, beams: int) -> None:
+    model = tiny_model(fusion)
+    turn = [("text", 2), ("image", 4), ("text", 2)]
+    batch = tiny_batch(model, [*turn, ("answer", 3), *turn])
+    ids, tokens, images = batch["input_ids"], batch["tokens"], batch["pixel_values"]
+    cache = None
+    # As a chat does: the prompt is read as a whole, its answer token by token.
+    for start, stop in ((0, 8), (8, 11)):
+        pixels = images[::2] if start == 0 else None
+        out = model(ids[:, start:stop], tokens.columns(0, stop), pixels, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+    options = {"num_beams": beams, "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(ids, tokens, pixel_values=images, **options)
+    assert torch.equal(
+        model.generate(ids, tokens, pixel_values=images[1::2], past_key_values=cache, **options), expected
+    )
