@@ -1,0 +1,233 @@
+"""The kernels as torch operators, which autograd and torch.compile know.
+
+Shapes: queries `[B, H, Sq, D]`, keys and values `[B, Hkv, Sk, D]`, log-sum-exp `[B, H, Sq]`. Inside the operators the
+mass and the log-sum-exp are in units of log2, which is what the kernels' exp2 asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from mmfuse.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
+from mmfuse.kernels.triton.decode import decode_kernel, merge_kernel
+from mmfuse.kernels.triton.forward import forward_kernel
+from mmfuse.kernels.triton.launch import decode_splits, launch_of, padded
+
+if TYPE_CHECKING:
+    from mmfuse.kernels.plan import BlockPlan
+
+LN2 = math.log(2.0)
+#: How many rows, queries times the heads of a group, one program of the decode kernel holds.
+DECODE_ROWS = 64
+
+
+class Lists(NamedTuple):
+    """One orientation of a plan as the kernels read it.
+
+    Attributes:
+        order: int32 `[B * blocks]`, the places of the lists in the order in which they are worked on.
+        full_start: int32 `[B * blocks + 1]`, where the list of each place begins in `full`.
+        full: int32, blocks that are seen whole.
+        partial_start: int32 `[B * blocks + 1]`, the same for `partial`.
+        partial: int32, blocks that are seen in part.
+        tile: int32, the bit tile of each entry of `partial`.
+        words: int64 `[tiles, rows, columns / 64]`, bit c of a word is column c.
+    """
+
+    order: Tensor
+    full_start: Tensor
+    full: Tensor
+    partial_start: Tensor
+    partial: Tensor
+    tile: Tensor
+    words: Tensor
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float, mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention along the lists of `plan`, differentiable in `q`, `k`, `v` and `mass`.
+
+    Args:
+        q: `[B, H, Sq, D]` in float16, bfloat16 or float32; float64 in the interpreter.
+        k: `[B, Hkv, Sk, D]`.
+        v: `[B, Hkv, Sk, D]`.
+        plan: of the same `B`, `Sq` and `Sk`, on the same device.
+        scale: of the scores.
+        mass: `[B, Sq]`, the logarithm of what is added to each row's denominator.
+
+    Returns:
+        The output `[B, H, Sq, D]`, and the log-sum-exp `[B, H, Sq]` of the scores (and mass) in float32, or float64 for
+        float64 inputs; rows that see nothing have 0 and -inf.
+    """
+    mass_log2 = None if mass is None else mass.to(_sums(q)) / LN2
+    by_query, by_key = lists_of(plan)
+    inputs = (q, k, v, mass_log2)
+    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    if few and not wanted:
+        out, lse = attention_decode(*inputs, by_query, plan.block_q, plan.block_k, scale)
+    else:
+        out, lse = attention_forward(*inputs, by_query, by_key, plan.block_q, plan.block_k, scale)
+    return out, lse * LN2
+
+
+@torch.library.custom_op("mmfuse::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor], by_key: Sequence[Tensor],
+    block_q: int, block_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output, log-sum-exp); `by_key` is for the backward."""
+    q, k, v = (_rows_without_gaps(x) for x in (q, k, v))
+    batch, heads, queries, head_dim = q.shape
+    out, lse = _like_output(q)
+    lists = Lists(*by_query)
+    launch = launch_of("forward", head_dim, q.itemsize, block_q, block_k)
+    grid = (lists.order.numel() * (block_q // launch.rows), heads)
+    if queries:
+        forward_kernel[grid](
+            q, k, v, mass, out, lse, *lists,
+            scale / LN2, queries, k.shape[2], lists.order.numel() // batch,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            GROUP=heads // k.shape[1], D=head_dim, W=padded(head_dim), BLOCK_Q=block_q, BLOCK_K=block_k,
+            R=launch.rows, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor], by_key: Sequence[Tensor],
+    block_q: int, block_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _like_output(q)
+
+
+@torch.library.custom_op("mmfuse::attention_backward", mutates_args=())
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
+    by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(gradients of q, k and v, delta `[B, H, Sq]`); `d_lse` is the gradient of the natural log-sum-exp."""
+    q, k, v, d_out = (_rows_without_gaps(x) for x in (q, k, v, d_out))
+    batch, heads, queries, head_dim = q.shape
+    key_heads, keys = k.shape[1:3]
+    dq, dk, dv, delta = _like_gradients(q, k)
+    shape: dict[str, Any] = {"D": head_dim, "W": padded(head_dim), "ACC": _accumulator(q)}
+    delta_kernel[(-(-queries // block_q), heads, batch)](
+        out, d_out, d_lse, delta, queries, *d_out.stride()[:3], R=block_q, **shape
+    )
+    shape |= {"GROUP": heads // key_heads, "BLOCK_Q": block_q, "BLOCK_K": block_k, "PRECISION": _precision(q)}
+    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
+    scales = (scale / LN2, scale, queries, keys)
+    lists, launch = Lists(*by_query), launch_of("dq", head_dim, q.itemsize, block_q, block_k)
+    dq_kernel[(lists.order.numel() * (block_q // launch.rows), heads)](
+        q, k, v, d_out, lse, delta, dq, *lists, *scales, lists.order.numel() // batch, *strides,
+        R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
+    )  # fmt: skip
+    lists, launch = Lists(*by_key), launch_of("dkv", head_dim, q.itemsize, block_k, block_q)
+    dkv_kernel[(lists.order.numel() * (block_k // launch.rows), key_heads)](
+        q, k, v, d_out, lse, delta, dk, dv, *lists, *scales, lists.order.numel() // batch, *strides,
+        R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
+    )  # fmt: skip
+    return dq, dk, dv, delta
+
+
+@attention_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: Tensor, d_lse: Tensor | None,
+    by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return _like_gradients(q, k)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, mass, by_query, by_key, *ctx.numbers = inputs
+    ctx.sides = len(by_query)
+    ctx.save_for_backward(q, k, v, mass, *output, *by_query, *by_key)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None) -> tuple[Any, ...]:
+    q, k, v, mass, out, lse, *lists = ctx.saved_tensors
+    by_query, by_key = lists[: ctx.sides], lists[ctx.sides :]
+    d_out = torch.zeros_like(out) if d_out is None else d_out
+    d_lse = None if d_lse is None else (d_lse / LN2).contiguous()
+    dq, dk, dv, delta = attention_backward(q, k, v, out, lse, d_out, d_lse, by_query, by_key, *ctx.numbers)
+    d_mass = None
+    if mass is not None and ctx.needs_input_grad[3]:
+        # The mass has a weight as every key has, and its value is 0; where nothing is seen, lse is -inf too.
+        share = torch.where(mass == -torch.inf, 0.0, (mass.unsqueeze(1) - lse).transpose(0, 1).exp2())
+        d_mass = -LN2 * (share * delta.transpose(0, 1)).sum(0)
+    return dq, dk, dv, d_mass, [None] * len(by_query), [None] * len(by_key), None, None, None
+
+
+torch.library.register_autograd("mmfuse::attention_forward", _differentiate, setup_context=_remember)
+
+
+@torch.library.custom_op("mmfuse::attention_decode", mutates_args=())
+def attention_decode(
+    q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor],
+    block_q: int, block_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(output, log-sum-exp) of at most DECODE_ROWS rows; no gradient."""
+    q, k, v = (_rows_without_gaps(x) for x in (q, k, v))
+    batch, heads, queries, head_dim = q.shape
+    key_heads, keys = k.shape[1:3]
+    out, lse = _like_output(q)
+    lists = Lists(*by_query)
+    rows = padded(queries * heads // key_heads)
+    splits = decode_splits(batch * key_heads, keys, block_k)
+    part = torch.empty(batch, key_heads, splits, rows, head_dim, dtype=lse.dtype, device=q.device)
+    part_lse = torch.empty(part.shape[:-1], dtype=lse.dtype, device=q.device)
+    shape: dict[str, Any] = {"GROUP": heads // key_heads, "D": head_dim, "W": padded(head_dim)}
+    shape |= {"SPLITS": splits, "R": rows}
+    decode_kernel[(batch, key_heads, splits)](
+        q, k, v, part, part_lse, *lists[1:], scale / LN2, queries, keys,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        BLOCK_Q=block_q, BLOCK_K=block_k, C=64, ACC=_accumulator(q), PRECISION=_precision(q), **shape,
+    )  # fmt: skip
+    merge_kernel[(queries, heads, batch)](part, part_lse, mass, out, lse, queries, **shape)
+    return out, lse
+
+
+@attention_decode.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor],
+    block_q: int, block_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _like_output(q)
+
+
+def _like_output(q: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), torch.empty(q.shape[:3], dtype=_sums(q), device=q.device)
+
+
+def _like_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    delta = torch.empty(q.shape[:3], dtype=_sums(q), device=q.device)
+    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), delta
+
+
+def _rows_without_gaps(x: Tensor) -> Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _sums(q: Tensor) -> torch.dtype:
+    """What sums over keys are kept in."""
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _accumulator(q: Tensor) -> tl.dtype:
+    return tl.float64 if q.dtype == torch.float64 else tl.float32
+
+
+def _precision(q: Tensor) -> str:
+    """How products of float32 are rounded: as torch was told to do it everywhere."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
