@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -18,9 +18,6 @@ from mmfuse.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
 from mmfuse.kernels.triton.decode import decode_kernel, merge_kernel
 from mmfuse.kernels.triton.forward import forward_kernel
 from mmfuse.kernels.triton.launch import decode_splits, launch_of, padded
-
-if TYPE_CHECKING:
-    from mmfuse.kernels.plan import BlockPlan
 
 LN2 = math.log(2.0)
 #: How many rows, queries times the heads of a group, one program of the decode kernel holds.
@@ -50,31 +47,38 @@ class Lists(NamedTuple):
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float, mass: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention along the lists of `plan`, differentiable in `q`, `k`, `v` and `mass`.
+    q: Tensor, k: Tensor, v: Tensor, by_query: Lists, by_key: Lists, blocks: tuple[int, int],
+    *, scale: float, mass: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention along the lists of a plan, differentiable in `q`, `k`, `v` and `mass`.
 
     Args:
         q: `[B, H, Sq, D]` in float16, bfloat16 or float32; float64 in the interpreter.
         k: `[B, Hkv, Sk, D]`.
         v: `[B, Hkv, Sk, D]`.
-        plan: of the same `B`, `Sq` and `Sk`, on the same device.
+        by_query: for each block of queries the blocks of keys, with words of keys.
+        by_key: for each block of keys the blocks of queries, with words of queries.
+        blocks: how many queries and how many keys a block has, multiples of 64.
         scale: of the scores.
         mass: `[B, Sq]`, the logarithm of what is added to each row's denominator.
 
     Returns:
         The output `[B, H, Sq, D]`, and the log-sum-exp `[B, H, Sq]` of the scores (and mass) in float32, or float64 for
         float64 inputs; rows that see nothing have 0 and -inf.
+
+    Raises:
+        ValueError: a block's sides are no multiples of 64.
     """
+    if any(side % 64 for side in blocks):
+        raise ValueError(f"bit tiles come in words of 64: blocks must be multiples of 64, got {blocks}")
     mass_log2 = None if mass is None else mass.to(_sums(q)) / LN2
-    by_query, by_key = lists_of(plan)
     inputs = (q, k, v, mass_log2)
     few = q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if few and not wanted:
-        out, lse = attention_decode(*inputs, by_query, plan.block_q, plan.block_k, scale)
+        out, lse = attention_decode(*inputs, by_query, *blocks, scale)
     else:
-        out, lse = attention_forward(*inputs, by_query, by_key, plan.block_q, plan.block_k, scale)
+        out, lse = attention_forward(*inputs, by_query, by_key, *blocks, scale)
     return out, lse * LN2
 
 
