@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmfuse.errors import unknown
+from mmfuse.kernels.triton import triton_attention
 from mmfuse.kernels.visibility import Visibility
 
-Backend = Literal["auto", "reference", "sdpa"]
+Backend = Literal["auto", "reference", "sdpa", "triton"]
 
 
 def attention_weights(
@@ -83,6 +84,7 @@ def _sdpa_with_mass(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, sca
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Visibility, float, Tensor | None], Tensor]] = {
     "reference": reference,
     "sdpa": sdpa,
+    "triton": triton_attention,
 }
 
 #: What a config or a caller may ask for.
@@ -116,6 +118,7 @@ def attend(
     Raises:
         TypeError: the mask is not a Visibility, or the inputs differ in dtype.
         ValueError: unknown backend, or shapes that do not belong together.
+        RunError: the backend does not run here, or not on such tensors.
     """
     name = "sdpa" if backend == "auto" else backend
     if name not in BACKENDS:

@@ -134,7 +134,8 @@ def nvidia_facts(kernel: Any) -> dict[str, Any]:
 
 def amd_facts(kernel: Any) -> dict[str, Any]:
     text = kernel.asm["amdgcn"]
-    spilled = [int(count) for count in re.findall(r"\.[sv]gpr_spill_count:\s+(\d+)", text)]
+    # Scalars are spilled into the lanes of a vector register, not into memory: only vectors count.
+    spilled = [int(count) for count in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)]
     scratch = [int(size) for size in re.findall(r"\.private_segment_fixed_size:\s+(\d+)", text)]
     registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
     assert registers is not None
@@ -149,8 +150,9 @@ def amd_facts(kernel: Any) -> dict[str, Any]:
 
 
 def report(architecture: str, case: Case) -> dict[str, Any]:
-    launch = case.launch or launch_of(case.kernel, case.head_dim, 4 if case.dtype == "fp32" else 2, BLOCK, BLOCK)
     nvidia = architecture.startswith("sm_")
+    itemsize = 4 if case.dtype == "fp32" else 2
+    launch = case.launch or launch_of(case.kernel, case.head_dim, itemsize, amd=not nvidia)
     target = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
     kernel = compiled(case, launch, target)
     facts = nvidia_facts(kernel) if nvidia else amd_facts(kernel)

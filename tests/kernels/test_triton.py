@@ -20,8 +20,8 @@ from mmfuse.fusion import FUSIONS
 from mmfuse.fusion.base import ANSWER, CLASSES, MEDIA, PROMPT, axis_of
 from mmfuse.kernels import Condition, Visibility, attend
 from mmfuse.kernels.attention import reference
-from mmfuse.kernels.triton import operator
-from mmfuse.kernels.triton.operator import Lists, masked_attention
+from mmfuse.kernels.triton.lists import Lists
+from mmfuse.kernels.triton.operator import masked_attention
 from mmfuse.sequence import TokenMap
 
 pytestmark = pytest.mark.usefixtures("poisoned")

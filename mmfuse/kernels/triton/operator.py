@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -17,33 +17,10 @@ from torch import Tensor
 from mmfuse.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
 from mmfuse.kernels.triton.decode import decode_kernel, merge_kernel
 from mmfuse.kernels.triton.forward import forward_kernel
-from mmfuse.kernels.triton.launch import decode_splits, launch_of, padded
+from mmfuse.kernels.triton.launch import Launch, decode_splits, launch_of, padded
+from mmfuse.kernels.triton.lists import Lists
 
 LN2 = math.log(2.0)
-#: How many rows, queries times the heads of a group, one program of the decode kernel holds.
-DECODE_ROWS = 64
-
-
-class Lists(NamedTuple):
-    """One orientation of a plan as the kernels read it.
-
-    Attributes:
-        order: int32 `[B * blocks]`, the places of the lists in the order in which they are worked on.
-        full_start: int32 `[B * blocks + 1]`, where the list of each place begins in `full`.
-        full: int32, blocks that are seen whole.
-        partial_start: int32 `[B * blocks + 1]`, the same for `partial`.
-        partial: int32, blocks that are seen in part.
-        tile: int32, the bit tile of each entry of `partial`.
-        words: int64 `[tiles, rows, columns / 64]`, bit c of a word is column c.
-    """
-
-    order: Tensor
-    full_start: Tensor
-    full: Tensor
-    partial_start: Tensor
-    partial: Tensor
-    tile: Tensor
-    words: Tensor
 
 
 def masked_attention(
@@ -73,7 +50,7 @@ def masked_attention(
         raise ValueError(f"bit tiles come in words of 64: blocks must be multiples of 64, got {blocks}")
     mass_log2 = None if mass is None else mass.to(_sums(q)) / LN2
     inputs = (q, k, v, mass_log2)
-    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS
+    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= _launch("decode", q).rows
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if few and not wanted:
         out, lse = attention_decode(*inputs, by_query, *blocks, scale)
@@ -92,17 +69,16 @@ def attention_forward(
     batch, heads, queries, head_dim = q.shape
     out, lse = _like_output(q)
     lists = Lists(*by_query)
-    launch = launch_of("forward", head_dim, q.itemsize, block_q, block_k)
+    launch = _launch("forward", q)
     grid = (lists.order.numel() * (block_q // launch.rows), heads)
-    if queries:
-        forward_kernel[grid](
-            q, k, v, mass, out, lse, *lists,
-            scale / LN2, queries, k.shape[2], lists.order.numel() // batch,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            GROUP=heads // k.shape[1], D=head_dim, W=padded(head_dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-            R=launch.rows, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
-            num_warps=launch.warps, num_stages=launch.stages,
-        )  # fmt: skip
+    forward_kernel[grid](
+        q, k, v, mass, out, lse, *lists,
+        scale / LN2, queries, k.shape[2], lists.order.numel() // batch,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        GROUP=heads // k.shape[1], D=head_dim, W=padded(head_dim), BLOCK_Q=block_q, BLOCK_K=block_k,
+        R=launch.rows, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
+        num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
     return out, lse
 
 
@@ -125,18 +101,19 @@ def attention_backward(
     key_heads, keys = k.shape[1:3]
     dq, dk, dv, delta = _like_gradients(q, k)
     shape: dict[str, Any] = {"D": head_dim, "W": padded(head_dim), "ACC": _accumulator(q)}
-    delta_kernel[(-(-queries // block_q), heads, batch)](
-        out, d_out, d_lse, delta, queries, *d_out.stride()[:3], R=block_q, **shape
+    launch = _launch("delta", q)
+    delta_kernel[(-(-queries // launch.rows), heads, batch)](
+        out, d_out, d_lse, delta, queries, *d_out.stride()[:3], R=launch.rows, num_warps=launch.warps, **shape
     )
     shape |= {"GROUP": heads // key_heads, "BLOCK_Q": block_q, "BLOCK_K": block_k, "PRECISION": _precision(q)}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
     scales = (scale / LN2, scale, queries, keys)
-    lists, launch = Lists(*by_query), launch_of("dq", head_dim, q.itemsize, block_q, block_k)
+    lists, launch = Lists(*by_query), _launch("dq", q)
     dq_kernel[(lists.order.numel() * (block_q // launch.rows), heads)](
         q, k, v, d_out, lse, delta, dq, *lists, *scales, lists.order.numel() // batch, *strides,
         R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
     )  # fmt: skip
-    lists, launch = Lists(*by_key), launch_of("dkv", head_dim, q.itemsize, block_k, block_q)
+    lists, launch = Lists(*by_key), _launch("dkv", q)
     dkv_kernel[(lists.order.numel() * (block_k // launch.rows), key_heads)](
         q, k, v, d_out, lse, delta, dk, dv, *lists, *scales, lists.order.numel() // batch, *strides,
         R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
@@ -181,13 +158,13 @@ def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor],
     block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(output, log-sum-exp) of at most DECODE_ROWS rows; no gradient."""
+    """(output, log-sum-exp) of few queries; no gradient."""
     q, k, v = (_rows_without_gaps(x) for x in (q, k, v))
     batch, heads, queries, head_dim = q.shape
     key_heads, keys = k.shape[1:3]
     out, lse = _like_output(q)
     lists = Lists(*by_query)
-    rows = padded(queries * heads // key_heads)
+    launch, rows = _launch("decode", q), padded(queries * heads // key_heads)
     splits = decode_splits(batch * key_heads, keys, block_k)
     part = torch.empty(batch, key_heads, splits, rows, head_dim, dtype=lse.dtype, device=q.device)
     part_lse = torch.empty(part.shape[:-1], dtype=lse.dtype, device=q.device)
@@ -196,7 +173,7 @@ def attention_decode(
     decode_kernel[(batch, key_heads, splits)](
         q, k, v, part, part_lse, *lists[1:], scale / LN2, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        BLOCK_Q=block_q, BLOCK_K=block_k, C=64, ACC=_accumulator(q), PRECISION=_precision(q), **shape,
+        BLOCK_Q=block_q, BLOCK_K=block_k, C=launch.columns, num_warps=launch.warps, ACC=_accumulator(q), PRECISION=_precision(q), **shape,
     )  # fmt: skip
     merge_kernel[(queries, heads, batch)](part, part_lse, mass, out, lse, queries, **shape)
     return out, lse
@@ -208,6 +185,10 @@ def _(
     block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _like_output(q)
+
+
+def _launch(kernel: str, q: Tensor) -> Launch:
+    return launch_of(kernel, q.shape[3], q.itemsize, amd=torch.version.hip is not None)
 
 
 def _like_output(q: Tensor) -> tuple[Tensor, Tensor]:
