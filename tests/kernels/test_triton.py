@@ -7,8 +7,6 @@ many or a term left out shows, and rounding does not hide it.
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,9 +16,9 @@ from torch import Tensor
 
 from mmfuse.fusion import FUSIONS
 from mmfuse.fusion.base import ANSWER, CLASSES, MEDIA, PROMPT, axis_of
-from mmfuse.kernels import Condition, Visibility, attend
+from mmfuse.kernels import Condition, Visibility
 from mmfuse.kernels.attention import reference
-from mmfuse.kernels.triton.lists import Lists
+from mmfuse.kernels.plan import BlockPlan
 from mmfuse.kernels.triton.operator import masked_attention
 from mmfuse.sequence import TokenMap
 
@@ -76,20 +74,22 @@ class Case(NamedTuple):
 
 
 def covering(factors: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Few rows in which every pair of values of two factors occurs, found greedily."""
+    """Rows in which every pair of values of two factors occurs, found greedily.
+
+    Values stand in the order of their cost: of those that cover something new the cheapest is taken.
+    """
     axes = list(itertools.combinations(range(len(factors)), 2))
-    missing = {(i, a, j, b) for i, j in axes for a in factors[i] for b in factors[j]}
+    missing = dict.fromkeys((i, a, j, b) for i, j in axes for a in factors[i] for b in factors[j])
     rows = []
     while missing:
-        row: dict[int, Any] = {}
-        i, a, j, b = min(missing, key=repr)
-        row[i], row[j] = a, b
-        for f in range(len(factors)):
-            if f not in row:
-                known = list(row.items())
-                pairs = {x: sum(_pair(f, x, g, y) in missing for g, y in known) for x in factors[f]}
-                row[f] = max(factors[f], key=lambda value: pairs[value])
-        missing -= {_pair(i, row[i], j, row[j]) for i, j in axes}
+        i, a, j, b = next(reversed(missing))
+        row = {i: a, j: b}
+        for f in (f for f in range(len(factors)) if f not in row):
+            known = list(row.items())
+            new = (value for value in factors[f] if any(_pair(f, value, g, y) in missing for g, y in known))
+            row[f] = next(new, factors[f][0])
+        for i, j in axes:
+            missing.pop((i, row[i], j, row[j]), None)
         rows.append(tuple(row[f] for f in range(len(factors))))
     return rows
 
@@ -99,9 +99,7 @@ def _pair(i: int, a: Any, j: int, b: Any) -> tuple[int, Any, int, Any]:
 
 
 SHAPES = ((64, 64), (128, 64), (64, 128))
-PAIRWISE = [
-    Case(*row) for row in covering([DISTINCT + EXTRA, LENGTHS, tuple(HEADS), HEAD_DIMS, (False, True), SHAPES])
-]
+PAIRWISE = [Case(*row) for row in covering([DISTINCT + EXTRA, LENGTHS, tuple(HEADS), HEAD_DIMS, (False, True), SHAPES])]
 FULL = [
     *(Case(rule, length, group, HEAD_DIMS[i % 6], i % 2 == 0, SHAPES[i % 3])
       for i, (rule, length, group) in enumerate(itertools.product((*FUSIONS, *EXTRA), LENGTHS, HEADS))),
@@ -128,13 +126,15 @@ def log_sum_exp(q: Tensor, k: Tensor, seen: Tensor, mass: Tensor | None) -> Tens
     """Of the scores that each row sees, and its mass; -inf where that is nothing."""
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT * SCALE
     scores = scores.masked_fill(~seen.unsqueeze(1), -torch.inf)
-    rows = torch.full_like(scores[..., :1], -torch.inf) if mass is None else mass[:, None, :, None].expand_as(
-        scores[..., :1]
+    rows = (
+        torch.full_like(scores[..., :1], -torch.inf)
+        if mass is None
+        else mass[:, None, :, None].expand_as(scores[..., :1])
     )
     return torch.cat([scores, rows], dim=-1).logsumexp(-1)
 
 
-def check(case: Case, by_force: Callable[..., Any]) -> None:
+def check(case: Case, by_force: Callable[..., BlockPlan]) -> None:
     visibility = visibility_of(case.rule, case.length)
     batch, queries, keys = visibility.shape
     heads, key_heads = HEADS[case.group]
@@ -142,8 +142,8 @@ def check(case: Case, by_force: Callable[..., Any]) -> None:
     q, k, v = (guarded(batch, count, length, case.head_dim).requires_grad_() for count, length in sizes)
     mass = torch.randn(batch, queries, dtype=torch.float64).requires_grad_() if case.mass else None
     seen = visibility.dense()
-    sides = (Lists(**side) for side in by_force(seen, *case.blocks))
-    out, lse = masked_attention(q, k, v, *sides, case.blocks, scale=SCALE, mass=mass)
+    plan = by_force(seen, *case.blocks)
+    out, lse = masked_attention(q, k, v, plan, scale=SCALE, mass=mass)
     expected = reference(q, k, v, visibility, SCALE, mass)
     expected_lse = log_sum_exp(q, k, seen, mass)
     close([out, lse], [expected, expected_lse])
@@ -159,13 +159,13 @@ def check(case: Case, by_force: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("case", PAIRWISE, ids=str)
-def test_kernels_equal_the_reference(case: Case, by_force: Callable[..., Any]) -> None:
+def test_kernels_equal_the_reference(case: Case, by_force: Callable[..., BlockPlan]) -> None:
     check(case, by_force)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_kernels_equal_the_reference_everywhere(case: Case, by_force: Callable[..., Any]) -> None:
+def test_kernels_equal_the_reference_everywhere(case: Case, by_force: Callable[..., BlockPlan]) -> None:
     check(case, by_force)
 
 

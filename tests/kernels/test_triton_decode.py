@@ -6,19 +6,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mmfuse.errors import RunError
 from mmfuse.fusion import FUSIONS
 from mmfuse.kernels import Visibility, attend
-from mmfuse.kernels.triton import BLOCKS, refusal
-from mmfuse.kernels.triton.launch import decode_splits
-from mmfuse.kernels.triton.lists import Lists, lists_of
-from mmfuse.kernels.triton.operator import attention_decode, masked_attention
+from mmfuse.kernels.plan import BlockPlan
+from mmfuse.kernels.triton import refusal
+from mmfuse.kernels.triton.launch import decode_splits, launch_of
+from mmfuse.kernels.triton.lists import plan_of_mask
+from mmfuse.kernels.triton.operator import masked_attention
 from mmfuse.sequence import TokenMap
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -29,12 +28,6 @@ def causal(lengths: list[int]) -> Visibility:
     return FUSIONS["mma"]().visibility(TokenMap.batch(maps, side="left"))
 
 
-def decoded(q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, lists: Lists, blocks: tuple[int, int]) -> Any:
-    log2 = None if mass is None else mass / torch.log(torch.tensor(2.0, dtype=mass.dtype))
-    out, lse = attention_decode(q, k, v, log2, lists, *blocks, 0.3)
-    return out, lse * torch.log(torch.tensor(2.0, dtype=lse.dtype))
-
-
 @pytest.mark.parametrize("blocks", [(64, 64), (64, 128)])
 @pytest.mark.parametrize("with_mass", [False, True])
 @pytest.mark.parametrize(
@@ -42,7 +35,7 @@ def decoded(q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, lists: Lists, 
 )
 def test_decoding_gives_the_last_rows_of_a_prefill(
     heads: int, key_heads: int, queries: int, head_dim: int, with_mass: bool, blocks: tuple[int, int],
-    by_force: Callable[..., Any],
+    by_force: Callable[..., BlockPlan],
 ) -> None:  # fmt: skip
     """The second sample has keys only in its last blocks; the third sees nothing in its last row."""
     visibility = causal([333, 60, 200])
@@ -52,16 +45,15 @@ def test_decoding_gives_the_last_rows_of_a_prefill(
     q = torch.randn(batch, heads, length, head_dim, dtype=torch.float64)
     k, v = torch.randn(2, batch, key_heads, length, head_dim, dtype=torch.float64)
     mass = torch.randn(batch, length, dtype=torch.float64) if with_mass else None
-    whole = [Lists(**side) for side in by_force(seen, *blocks)]
-    # A gradient is asked for, so this one is the prefill's kernel.
-    expected = masked_attention(q.requires_grad_(), k, v, *whole, blocks, scale=0.3, mass=mass)
+    expected = masked_attention(q, k, v, by_force(seen, *blocks), scale=0.3, mass=mass)
     last = slice(-queries, None)
-    mine = decoded(
-        q[:, :, last].detach(), k, v, None if mass is None else mass[:, last],
-        Lists(**by_force(seen[:, last], *blocks)[0]), blocks,
-    )  # fmt: skip
+    plan, mass = by_force(seen[:, last], *blocks), None if mass is None else mass[:, last]
+    assert (
+        heads // key_heads * length > launch_of("decode", head_dim, 8, amd=False).rows >= heads // key_heads * queries
+    )
+    mine = masked_attention(q[:, :, last], k, v, plan, scale=0.3, mass=mass)
     for x, y in zip(mine, expected, strict=True):
-        torch.testing.assert_close(x, y[:, :, last].detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(x, y[:, :, last], rtol=1e-12, atol=1e-12)
     if mass is None:
         assert torch.equal(mine[0][2, :, -1], torch.zeros(heads, head_dim, dtype=torch.float64))
 
@@ -89,23 +81,22 @@ def test_keys_are_split_until_a_gpu_is_full() -> None:
 # The backend
 
 
-def test_lists_equal_those_by_force(by_force: Callable[..., Any]) -> None:
+def test_plans_of_masks_hold_the_masks(by_force: Callable[..., BlockPlan]) -> None:
     seen = torch.rand(2, 130, 200) < 0.5
     seen[:, :64, :128], seen[:, 64:, 128:] = True, False
-    for mine, theirs in zip(lists_of(seen, (64, 64)), by_force(seen), strict=True):
-        assert torch.equal(mine.words[mine.tile.long()], theirs["words"])
-        assert sorted(mine.order.tolist()) == sorted(theirs["order"].tolist())
-        for name in ("full_start", "full", "partial_start", "partial"):
-            assert torch.equal(getattr(mine, name), theirs[name])
+    for plan in (plan_of_mask(seen), plan_of_mask(seen, 64, 128), by_force(seen), by_force(seen, 128, 64)):
+        assert torch.equal(plan.dense(), seen)
+        assert torch.equal(plan.dense(by_key=True), seen)
+        assert plan.block_q > 64 or plan.full >= 2
 
 
-def test_the_lists_of_a_visibility_are_made_once() -> None:
+def test_the_plan_of_a_visibility_is_made_once() -> None:
     visibility = causal([70])
     inputs = [torch.randn(1, 2, 70, 16) for _ in range(3)]
     first = attend(*inputs, visibility, backend="triton")
-    made = visibility.once(("triton lists", BLOCKS), lambda: pytest.fail("made again"))
+    made = visibility.once("triton plan", lambda: pytest.fail("not kept"))
     assert torch.equal(attend(*inputs, visibility, backend="triton"), first)
-    assert made is visibility.once(("triton lists", BLOCKS), lambda: None)
+    assert visibility.once("triton plan", lambda: None) is made
 
 
 def test_the_backend_refuses_what_it_cannot_do() -> None:

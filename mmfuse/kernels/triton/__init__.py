@@ -1,14 +1,14 @@
 """The backend `triton`: flash attention over block lists, for any mask, forward and backward.
 
     launch.py      how large a step each kernel takes
-    lists.py       what the kernels read of a mask
+    lists.py       a plan from a mask
     primitives.py  products, rows and bit tiles
     forward.py, backward.py, decode.py
                    the kernels
     operator.py    the kernels as torch operators
 
-Triton itself is imported when the backend first runs: it decides then, by the variable TRITON_INTERPRET, whether kernels
-are compiled for a GPU or run as Python on CPU tensors, which is how the tests run them.
+Triton itself is imported when the backend first runs: it decides then, by the variable TRITON_INTERPRET, whether
+kernels are compiled for a GPU or run as Python on CPU tensors, which is how the tests run them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from mmfuse.errors import RunError
-from mmfuse.kernels.triton.lists import lists_of
+from mmfuse.kernels.triton.lists import plan_of_mask
 from mmfuse.kernels.visibility import Visibility
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
-BLOCKS = (64, 64)
 
 
 def triton_attention(
@@ -40,8 +39,8 @@ def triton_attention(
         raise RunError(f"attention backend 'triton' {reason}")
     from mmfuse.kernels.triton.operator import masked_attention
 
-    by_query, by_key = visibility.once(("triton lists", BLOCKS), lambda: lists_of(visibility.dense(), BLOCKS))
-    out, _ = masked_attention(q, k, v, by_query, by_key, BLOCKS, scale=scale, mass=mass)
+    plan = visibility.once("triton plan", lambda: plan_of_mask(visibility.dense()))
+    out, _ = masked_attention(q, k, v, plan, scale=scale, mass=mass)
     return out
 
 
@@ -53,12 +52,11 @@ def refusal(q: Tensor) -> str | None:
         return "needs the package triton, which is not installed here"
     from mmfuse.kernels.triton.primitives import INTERPRETED
 
+    dtypes: tuple[torch.dtype, ...] = DTYPES
     if INTERPRETED:
         dtypes = (*DTYPES, torch.float64)
     elif q.device.type == "cpu":
         return "runs on a GPU, and these tensors are on the CPU (for tests, TRITON_INTERPRET=1 runs it there, slowly)"
-    else:
-        dtypes = DTYPES
     if q.dtype not in dtypes:
         return f"takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {q.dtype}"
     return None

@@ -39,7 +39,8 @@ def _load_statistics(LSE, DELTA, rows, length_q):
 
 @triton.jit
 def _dq_step(dq, q, d_out, lse, delta, K, V, stride_ks, stride_vs, keys, length_k, seen, scale,
-             D: tl.constexpr, W: tl.constexpr, PARTIAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             D: tl.constexpr, W: tl.constexpr, PARTIAL: tl.constexpr,
+             ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add to `dq [R, W]` what comes through the keys `keys [C]`."""
     k = load_rows(K, keys, length_k, stride_ks, D, W, PARTIAL)
     v = load_rows(V, keys, length_k, stride_vs, D, W, PARTIAL)
@@ -54,7 +55,7 @@ def _dq_step(dq, q, d_out, lse, delta, K, V, stride_ks, stride_vs, keys, length_
 @triton.jit
 def dq_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DQ,
-    ORDER, FULL_START, FULL, PARTIAL_START, PARTIAL, TILE, WORDS,
+    ORDER, FULL_OFFSETS, FULL_BLOCKS, PARTIAL_OFFSETS, PARTIAL_BLOCKS, PARTIAL_TILES, WORDS,
     scale, softmax_scale, length_q, length_k, blocks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_ds,
@@ -75,14 +76,14 @@ def dq_kernel(
     lse, delta = _load_statistics(LSE + line, DELTA + line, rows, length_q)
     dq = tl.zeros([R, W], ACC)
     STEPS: tl.constexpr = BLOCK_K // C
-    for i in range(tl.load(FULL_START + place) * STEPS, tl.load(FULL_START + place + 1) * STEPS):
-        keys = tl.load(FULL + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
+    for i in range(tl.load(FULL_OFFSETS + place) * STEPS, tl.load(FULL_OFFSETS + place + 1) * STEPS):
+        keys = tl.load(FULL_BLOCKS + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
         dq = _dq_step(dq, q, d_out, lse, delta, K, V, stride_ks, stride_vs, keys, length_k, None, scale,
                       D, W, False, ACC, PRECISION)  # fmt: skip
-    for i in range(tl.load(PARTIAL_START + place) * STEPS, tl.load(PARTIAL_START + place + 1) * STEPS):
+    for i in range(tl.load(PARTIAL_OFFSETS + place) * STEPS, tl.load(PARTIAL_OFFSETS + place + 1) * STEPS):
         column = (i % STEPS) * C
-        keys = tl.load(PARTIAL + i // STEPS) * BLOCK_K + column + tl.arange(0, C)
-        seen = seen_bits(WORDS, tl.load(TILE + i // STEPS), inside, column, BLOCK_Q, BLOCK_K, R, C)
+        keys = tl.load(PARTIAL_BLOCKS + i // STEPS) * BLOCK_K + column + tl.arange(0, C)
+        seen = seen_bits(WORDS, tl.load(PARTIAL_TILES + i // STEPS), inside, column, BLOCK_Q, BLOCK_K, R, C)
         dq = _dq_step(dq, q, d_out, lse, delta, K, V, stride_ks, stride_vs, keys, length_k, seen, scale,
                       D, W, True, ACC, PRECISION)  # fmt: skip
     store_rows(DQ + line * D, rows, length_q, dq * softmax_scale, D, W)
@@ -90,7 +91,8 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_step(dk, dv, k, v, Q, D_OUT, LSE, DELTA, stride_qs, stride_ds, queries, length_q, seen, scale,
-              D: tl.constexpr, W: tl.constexpr, PARTIAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              D: tl.constexpr, W: tl.constexpr, PARTIAL: tl.constexpr,
+              ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add to `dk`, `dv [R, W]` what comes through the queries `queries [C]`; scores are transposed, `[R, C]`."""
     q = load_rows(Q, queries, length_q, stride_qs, D, W, True)
     d_out = load_rows(D_OUT, queries, length_q, stride_ds, D, W, True)
@@ -107,7 +109,7 @@ def _dkv_step(dk, dv, k, v, Q, D_OUT, LSE, DELTA, stride_qs, stride_ds, queries,
 @triton.jit
 def dkv_kernel(
     Q, K, V, D_OUT, LSE, DELTA, DK, DV,
-    ORDER, FULL_START, FULL, PARTIAL_START, PARTIAL, TILE, WORDS,
+    ORDER, FULL_OFFSETS, FULL_BLOCKS, PARTIAL_OFFSETS, PARTIAL_BLOCKS, PARTIAL_TILES, WORDS,
     scale, softmax_scale, length_q, length_k, blocks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_db, stride_dh, stride_ds,
@@ -130,14 +132,14 @@ def dkv_kernel(
         line = (sample * tl.num_programs(1) * GROUP + head).to(tl.int64) * length_q
         QH = Q + sample.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         DH = D_OUT + sample.to(tl.int64) * stride_db + head.to(tl.int64) * stride_dh
-        for i in range(tl.load(FULL_START + place) * STEPS, tl.load(FULL_START + place + 1) * STEPS):
-            queries = tl.load(FULL + i // STEPS) * BLOCK_Q + (i % STEPS) * C + tl.arange(0, C)
+        for i in range(tl.load(FULL_OFFSETS + place) * STEPS, tl.load(FULL_OFFSETS + place + 1) * STEPS):
+            queries = tl.load(FULL_BLOCKS + i // STEPS) * BLOCK_Q + (i % STEPS) * C + tl.arange(0, C)
             dk, dv = _dkv_step(dk, dv, k, v, QH, DH, LSE + line, DELTA + line, stride_qs, stride_ds, queries, length_q,
                                None, scale, D, W, False, ACC, PRECISION)  # fmt: skip
-        for i in range(tl.load(PARTIAL_START + place) * STEPS, tl.load(PARTIAL_START + place + 1) * STEPS):
+        for i in range(tl.load(PARTIAL_OFFSETS + place) * STEPS, tl.load(PARTIAL_OFFSETS + place + 1) * STEPS):
             column = (i % STEPS) * C
-            queries = tl.load(PARTIAL + i // STEPS) * BLOCK_Q + column + tl.arange(0, C)
-            seen = seen_bits(WORDS, tl.load(TILE + i // STEPS), inside, column, BLOCK_K, BLOCK_Q, R, C)
+            queries = tl.load(PARTIAL_BLOCKS + i // STEPS) * BLOCK_Q + column + tl.arange(0, C)
+            seen = seen_bits(WORDS, tl.load(PARTIAL_TILES + i // STEPS), inside, column, BLOCK_K, BLOCK_Q, R, C)
             dk, dv = _dkv_step(dk, dv, k, v, QH, DH, LSE + line, DELTA + line, stride_qs, stride_ds, queries, length_q,
                                seen, scale, D, W, True, ACC, PRECISION)  # fmt: skip
     line = (sample * tl.num_programs(1) + key_head).to(tl.int64) * length_k

@@ -21,7 +21,7 @@ def _share(START, place, split, SPLITS: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    Q, K, V, PART, PART_LSE, FULL_START, FULL, PARTIAL_START, PARTIAL, TILE, WORDS,
+    Q, K, V, PART, PART_LSE, FULL_OFFSETS, FULL_BLOCKS, PARTIAL_OFFSETS, PARTIAL_BLOCKS, PARTIAL_TILES, WORDS,
     scale, length_q, length_k,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -45,21 +45,21 @@ def decode_kernel(
     peak = tl.full([R], float("-inf"), ACC)
     total = tl.zeros([R], ACC)
     STEPS: tl.constexpr = BLOCK_K // C
-    start, stop = _share(FULL_START, sample, split, SPLITS)
+    start, stop = _share(FULL_OFFSETS, sample, split, SPLITS)
     for i in range(start * STEPS, stop * STEPS):
-        keys = tl.load(FULL + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
-        out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, live[:, None], scale,
-                                 D, W, True, ACC, PRECISION)  # fmt: skip
-    start, stop = _share(PARTIAL_START, sample, split, SPLITS)
+        keys = tl.load(FULL_BLOCKS + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
+        out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, live[:, None],
+                                    scale, D, W, True, ACC, PRECISION)  # fmt: skip
+    start, stop = _share(PARTIAL_OFFSETS, sample, split, SPLITS)
     for i in range(start * STEPS, stop * STEPS):
         column = (i % STEPS) * C
-        keys = tl.load(PARTIAL + i // STEPS) * BLOCK_K + column + tl.arange(0, C)
-        row = tl.load(TILE + i // STEPS).to(tl.int64) * BLOCK_Q + query
+        keys = tl.load(PARTIAL_BLOCKS + i // STEPS) * BLOCK_K + column + tl.arange(0, C)
+        row = tl.load(PARTIAL_TILES + i // STEPS).to(tl.int64) * BLOCK_Q + query
         word = tl.load(WORDS + row * (BLOCK_K // 64) + column // 64)
         bits = (word[:, None] >> (column % 64 + tl.arange(0, C))[None, :].to(tl.int64)) & 1
         seen = (bits != 0) & live[:, None]
         out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, seen, scale,
-                                 D, W, True, ACC, PRECISION)  # fmt: skip
+                                    D, W, True, ACC, PRECISION)  # fmt: skip
     dead = total == 0.0
     total = tl.where(dead, 1.0, total)
     part = ((sample * tl.num_programs(1) + key_head) * SPLITS + split).to(tl.int64) * R + rows

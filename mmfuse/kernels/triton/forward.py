@@ -10,7 +10,8 @@ from mmfuse.kernels.triton.primitives import dot, dot_onto, load_rows, place_of,
 
 @triton.jit
 def add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, seen, scale,
-          D: tl.constexpr, W: tl.constexpr, PARTIAL: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             D: tl.constexpr, W: tl.constexpr, PARTIAL: tl.constexpr,
+             ACC: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Add the keys `keys [C]` to the running softmax: `out [R, W]`, its denominator `total [R]`, its maximum `peak`."""
     k = load_rows(K, keys, length_k, stride_ks, D, W, PARTIAL)
     scores = dot(q, tl.trans(k), ACC, PRECISION) * scale
@@ -29,7 +30,7 @@ def add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, se
 @triton.jit
 def forward_kernel(
     Q, K, V, MASS, OUT, LSE,
-    ORDER, FULL_START, FULL, PARTIAL_START, PARTIAL, TILE, WORDS,
+    ORDER, FULL_OFFSETS, FULL_BLOCKS, PARTIAL_OFFSETS, PARTIAL_BLOCKS, PARTIAL_TILES, WORDS,
     scale, length_q, length_k, blocks,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     GROUP: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -53,16 +54,16 @@ def forward_kernel(
         peak = tl.full([R], float("-inf"), ACC)
         total = tl.zeros([R], ACC)
     STEPS: tl.constexpr = BLOCK_K // C
-    for i in range(tl.load(FULL_START + place) * STEPS, tl.load(FULL_START + place + 1) * STEPS):
-        keys = tl.load(FULL + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
+    for i in range(tl.load(FULL_OFFSETS + place) * STEPS, tl.load(FULL_OFFSETS + place + 1) * STEPS):
+        keys = tl.load(FULL_BLOCKS + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
         out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, None, scale,
-                                 D, W, False, ACC, PRECISION)  # fmt: skip
-    for i in range(tl.load(PARTIAL_START + place) * STEPS, tl.load(PARTIAL_START + place + 1) * STEPS):
+                                    D, W, False, ACC, PRECISION)  # fmt: skip
+    for i in range(tl.load(PARTIAL_OFFSETS + place) * STEPS, tl.load(PARTIAL_OFFSETS + place + 1) * STEPS):
         column = (i % STEPS) * C
-        keys = tl.load(PARTIAL + i // STEPS) * BLOCK_K + column + tl.arange(0, C)
-        seen = seen_bits(WORDS, tl.load(TILE + i // STEPS), inside, column, BLOCK_Q, BLOCK_K, R, C)
+        keys = tl.load(PARTIAL_BLOCKS + i // STEPS) * BLOCK_K + column + tl.arange(0, C)
+        seen = seen_bits(WORDS, tl.load(PARTIAL_TILES + i // STEPS), inside, column, BLOCK_Q, BLOCK_K, R, C)
         out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, seen, scale,
-                                 D, W, True, ACC, PRECISION)  # fmt: skip
+                                    D, W, True, ACC, PRECISION)  # fmt: skip
     dead = total == 0.0
     total = tl.where(dead, 1.0, total)
     line = (sample * heads + head).to(tl.int64) * length_q

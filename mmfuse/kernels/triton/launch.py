@@ -1,8 +1,8 @@
 """How large a step each kernel takes and on how many warps, by head dim and vendor.
 
-The plan says how large its blocks are, at least 64 × 64; a kernel may take a block in parts. The tables were chosen among
-the shapes that compile without a spilled register for sm_80, sm_90 and sm_100, or for gfx942, and there by the number of
-instructions of a loop; no GPU has measured them.
+The plan says how large its blocks are, at least 64 × 64; a kernel may take a block in parts. The tables were chosen
+among the shapes that compile without a spilled register for sm_80, sm_90 and sm_100, or for gfx942, and there by the
+number of instructions of a loop; no GPU has measured them.
 """
 
 from __future__ import annotations

@@ -14,28 +14,25 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from mmfuse.kernels.plan import BlockPlan, TileLists
 from mmfuse.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
 from mmfuse.kernels.triton.decode import decode_kernel, merge_kernel
 from mmfuse.kernels.triton.forward import forward_kernel
 from mmfuse.kernels.triton.launch import Launch, decode_splits, launch_of, padded
-from mmfuse.kernels.triton.lists import Lists
 
 LN2 = math.log(2.0)
 
 
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, by_query: Lists, by_key: Lists, blocks: tuple[int, int],
-    *, scale: float, mass: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, *, scale: float, mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention along the lists of a plan, differentiable in `q`, `k`, `v` and `mass`.
 
     Args:
         q: `[B, H, Sq, D]` in float16, bfloat16 or float32; float64 in the interpreter.
         k: `[B, Hkv, Sk, D]`.
         v: `[B, Hkv, Sk, D]`.
-        by_query: for each block of queries the blocks of keys, with words of keys.
-        by_key: for each block of keys the blocks of queries, with words of queries.
-        blocks: how many queries and how many keys a block has, multiples of 64.
+        plan: of the same `B`, `Sq` and `Sk`, on the same device; its blocks are multiples of 64.
         scale: of the scores.
         mass: `[B, Sq]`, the logarithm of what is added to each row's denominator.
 
@@ -44,10 +41,15 @@ def masked_attention(
         float64 inputs; rows that see nothing have 0 and -inf.
 
     Raises:
-        ValueError: a block's sides are no multiples of 64.
+        ValueError: the plan is of another shape, or its blocks are no multiples of 64.
     """
+    asked, planned = (q.shape[0], q.shape[2], k.shape[2]), (plan.batch, plan.queries, plan.keys)
+    if asked != planned:
+        raise ValueError(f"the plan is for (B, Sq, Sk) = {planned}, but q and k ask for {asked}")
+    blocks = (plan.block_q, plan.block_k)
     if any(side % 64 for side in blocks):
         raise ValueError(f"bit tiles come in words of 64: blocks must be multiples of 64, got {blocks}")
+    by_query, by_key = arguments_of(plan.by_query, plan.words), arguments_of(plan.by_key, plan.words_t)
     mass_log2 = None if mass is None else mass.to(_sums(q)) / LN2
     inputs = (q, k, v, mass_log2)
     few = q.shape[2] * (q.shape[1] // k.shape[1]) <= _launch("decode", q).rows
@@ -59,6 +61,12 @@ def masked_attention(
     return out, lse * LN2
 
 
+def arguments_of(lists: TileLists, words: Tensor) -> list[Tensor]:
+    """One orientation of a plan in the order of the kernels' parameters."""
+    full, partial = (lists.full_offsets, lists.full_blocks), (lists.partial_offsets, lists.partial_blocks)
+    return [lists.order, *full, *partial, lists.partial_tiles, words]
+
+
 @torch.library.custom_op("mmfuse::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor], by_key: Sequence[Tensor],
@@ -68,12 +76,11 @@ def attention_forward(
     q, k, v = (_rows_without_gaps(x) for x in (q, k, v))
     batch, heads, queries, head_dim = q.shape
     out, lse = _like_output(q)
-    lists = Lists(*by_query)
     launch = _launch("forward", q)
-    grid = (lists.order.numel() * (block_q // launch.rows), heads)
+    grid = (len(by_query[0]) * (block_q // launch.rows), heads)
     forward_kernel[grid](
-        q, k, v, mass, out, lse, *lists,
-        scale / LN2, queries, k.shape[2], lists.order.numel() // batch,
+        q, k, v, mass, out, lse, *by_query,
+        scale / LN2, queries, k.shape[2], len(by_query[0]) // batch,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         GROUP=heads // k.shape[1], D=head_dim, W=padded(head_dim), BLOCK_Q=block_q, BLOCK_K=block_k,
         R=launch.rows, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
@@ -108,14 +115,14 @@ def attention_backward(
     shape |= {"GROUP": heads // key_heads, "BLOCK_Q": block_q, "BLOCK_K": block_k, "PRECISION": _precision(q)}
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
     scales = (scale / LN2, scale, queries, keys)
-    lists, launch = Lists(*by_query), _launch("dq", q)
-    dq_kernel[(lists.order.numel() * (block_q // launch.rows), heads)](
-        q, k, v, d_out, lse, delta, dq, *lists, *scales, lists.order.numel() // batch, *strides,
+    launch = _launch("dq", q)
+    dq_kernel[(len(by_query[0]) * (block_q // launch.rows), heads)](
+        q, k, v, d_out, lse, delta, dq, *by_query, *scales, len(by_query[0]) // batch, *strides,
         R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
     )  # fmt: skip
-    lists, launch = Lists(*by_key), _launch("dkv", q)
-    dkv_kernel[(lists.order.numel() * (block_k // launch.rows), key_heads)](
-        q, k, v, d_out, lse, delta, dk, dv, *lists, *scales, lists.order.numel() // batch, *strides,
+    launch = _launch("dkv", q)
+    dkv_kernel[(len(by_key[0]) * (block_k // launch.rows), key_heads)](
+        q, k, v, d_out, lse, delta, dk, dv, *by_key, *scales, len(by_key[0]) // batch, *strides,
         R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
     )  # fmt: skip
     return dq, dk, dv, delta
@@ -163,7 +170,6 @@ def attention_decode(
     batch, heads, queries, head_dim = q.shape
     key_heads, keys = k.shape[1:3]
     out, lse = _like_output(q)
-    lists = Lists(*by_query)
     launch, rows = _launch("decode", q), padded(queries * heads // key_heads)
     splits = decode_splits(batch * key_heads, keys, block_k)
     part = torch.empty(batch, key_heads, splits, rows, head_dim, dtype=lse.dtype, device=q.device)
@@ -171,9 +177,10 @@ def attention_decode(
     shape: dict[str, Any] = {"GROUP": heads // key_heads, "D": head_dim, "W": padded(head_dim)}
     shape |= {"SPLITS": splits, "R": rows}
     decode_kernel[(batch, key_heads, splits)](
-        q, k, v, part, part_lse, *lists[1:], scale / LN2, queries, keys,
+        q, k, v, part, part_lse, *by_query[1:], scale / LN2, queries, keys,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        BLOCK_Q=block_q, BLOCK_K=block_k, C=launch.columns, num_warps=launch.warps, ACC=_accumulator(q), PRECISION=_precision(q), **shape,
+        BLOCK_Q=block_q, BLOCK_K=block_k, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
+        num_warps=launch.warps, **shape,
     )  # fmt: skip
     merge_kernel[(queries, heads, batch)](part, part_lse, mass, out, lse, queries, **shape)
     return out, lse

@@ -1,7 +1,7 @@
 """What the kernels share: matrix products, rows of a matrix, bit tiles, and the place of a program in the plan.
 
-Legend of the kernels: `R` rows that a program owns, `C` columns that it looks at in one step, `W` the head dim padded to
-a power of two. Pointers are in capitals, and so are compile-time constants.
+Legend of the kernels: `R` rows that a program owns, `C` columns that it looks at in one step, `D` the head dim and `W`
+the same padded to a power of two. Pointers are in capitals, and so are compile-time constants.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def dot_onto(a, b, onto, PRECISION: tl.constexpr):
 
 @triton.jit
 def load_rows(X, rows, length, stride, D: tl.constexpr, W: tl.constexpr, CHECK: tl.constexpr):
-    """`[len(rows), W]` of the matrix X: 0 from column D on, and from row `length` on where CHECK says that it may be."""
+    """`[len(rows), W]` of the matrix X: 0 from column D on, and with CHECK from row `length` on."""
     columns = tl.arange(0, W)
     pointers = X + rows[:, None].to(tl.int64) * stride + columns[None, :]
     if CHECK:
@@ -60,7 +60,7 @@ def store_rows(X, rows, length, values, D: tl.constexpr, W: tl.constexpr):
 @triton.jit
 def seen_bits(WORDS, tile, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               R: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """bool `[R, C]`: the part of a ROWS × COLUMNS bit tile that begins at (first_row, first_column); C is at most 64."""
+    """bool `[R, C]`: the part of a ROWS × COLUMNS bit tile from (first_row, first_column) on; C is at most 64."""
     row = tile.to(tl.int64) * ROWS + first_row + tl.arange(0, R)
     word = tl.load(WORDS + row * (COLUMNS // 64) + first_column // 64)
     if C == 64:
