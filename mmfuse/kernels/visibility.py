@@ -9,16 +9,13 @@ Shapes: `B` samples, `Sq` queries, `Sk` keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntFlag
 from os import PathLike
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 class Condition(IntFlag):
@@ -142,15 +139,11 @@ class Visibility:
 
     # Lowered forms
 
-    def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, made when it is first asked for under `name`: lowered forms that a backend needs."""
-        if name not in self._memo:
-            self._memo[name] = make()
-        return self._memo[name]  # type: ignore[return-value]
-
     def dense(self) -> Tensor:
         """The mask itself: bool `[B, Sq, Sk]`, True where the query sees the key. This is the law."""
-        return self.once("dense", self._dense)
+        if "dense" not in self._memo:
+            self._memo["dense"] = self._dense()
+        return self._memo["dense"]  # type: ignore[return-value]
 
     def _dense(self) -> Tensor:
         query, key = self.queries, self.keys
