@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from mmfuse.kernels.tiles import EMPTY, FULL, UNKNOWN, classify, cut, evaluate, pack_bits
+from mmfuse.kernels.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -134,3 +138,90 @@ def owner_of(offsets: Tensor) -> Tensor:
     """int64 `[tiles]`: the owner of each entry of a list with these `offsets [owners + 1]`."""
     counts = offsets.diff().long()
     return torch.arange(len(counts), device=offsets.device).repeat_interleave(counts)
+
+
+def plan_blocks(visibility: Visibility, block_q: int = 64, block_k: int = 64) -> BlockPlan:
+    """The plan of a visibility, made once for each tile shape and kept with the visibility.
+
+    Args:
+        visibility: on any device; the plan lies on the same one.
+        block_q: queries in a tile.
+        block_k: keys in a tile.
+
+    Raises:
+        ValueError: a tile side that is neither at most 64 nor a multiple of 64.
+    """
+    for side in (block_q, block_k):
+        if side < 1 or (side > 64 and side % 64):
+            raise ValueError(f"sides of a tile are 1..64 or a multiple of 64, got {block_q}×{block_k}")
+    return visibility.remember(("plan", block_q, block_k), lambda: _plan(visibility, block_q, block_k))
+
+
+def _plan(visibility: Visibility, block_q: int, block_k: int) -> BlockPlan:
+    queries, keys = cut(visibility, block_q, block_k)
+    state = classify(visibility, queries, keys)
+    unknown = (state == UNKNOWN).nonzero()
+    step = max(1, (1 << 20) // (block_q * block_k))
+    words, words_t, counts = [], [], []
+    for tiles in unknown.split(step):
+        sample, i, j = tiles.unbind(1)
+        seen = evaluate(visibility, queries.take(sample, i), keys.take(sample, j))
+        count = seen.sum((1, 2))
+        full, partial = count == block_q * block_k, (count > 0) & (count < block_q * block_k)
+        state[sample, i, j] = torch.where(partial, UNKNOWN, torch.where(full, FULL, EMPTY)).to(torch.uint8)
+        counts.append(count[partial])
+        words.append(pack_bits(seen[partial]))
+        words_t.append(pack_bits(seen[partial].transpose(1, 2)))
+    batch, nq, nk = state.shape
+    shared, shared_t, tile = _share(words, words_t, block_q, block_k, state.device)
+    full_tiles, partial_tiles = (state == FULL).flatten(0, 1), (state == UNKNOWN).flatten(0, 1)
+    # The bit tiles are numbered in this grid, so that both orientations can look theirs up.
+    number = torch.zeros(state.shape, dtype=torch.int32, device=state.device)
+    number[state == UNKNOWN] = tile
+    turned = [grid.unflatten(0, (batch, nq)).transpose(1, 2).flatten(0, 1) for grid in (full_tiles, partial_tiles)]
+    visible = int(full_tiles.sum()) * block_q * block_k + sum(int(count.sum()) for count in counts)
+    return BlockPlan(
+        batch=batch,
+        queries=len(visibility.queries),
+        keys=len(visibility.keys),
+        block_q=block_q,
+        block_k=block_k,
+        by_query=_lists(full_tiles, partial_tiles, number.flatten(0, 1)),
+        by_key=_lists(*turned, number.transpose(1, 2).flatten(0, 1)),
+        words=shared,
+        words_t=shared_t,
+        visible=visible,
+    )
+
+
+def _share(
+    words: list[Tensor], words_t: list[Tensor], block_q: int, block_k: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The different tiles among all partial ones in both orientations, and which of them each is, int32 `[P]`."""
+    if not words or not sum(len(part) for part in words):
+        shapes = (0, block_q, -(-block_k // 64)), (0, block_k, -(-block_q // 64))
+        none, none_t = (torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
+        return none, none_t, torch.zeros(0, dtype=torch.int32, device=device)
+    all_words, all_words_t = torch.cat(words), torch.cat(words_t)
+    different, tile = torch.unique(all_words.flatten(1), dim=0, return_inverse=True)
+    example = tile.new_full((len(different),), len(tile))
+    example.scatter_reduce_(0, tile, torch.arange(len(tile), device=device), "amin")
+    return all_words[example], all_words_t[example], tile.int()
+
+
+def _lists(full: Tensor, partial: Tensor, number: Tensor) -> TileLists:
+    """The lists of bool grids `[owners, others]`, with the `number` of each bit tile in a third one."""
+
+    def offsets(grid: Tensor) -> Tensor:
+        return F.pad(grid.sum(1).cumsum(0), (1, 0)).int()
+
+    # A partial tile costs about half as much again as a full one.
+    work = 2 * full.sum(1) + 3 * partial.sum(1)
+    return TileLists(
+        full_offsets=offsets(full),
+        full_blocks=full.nonzero()[:, 1].int().contiguous(),
+        partial_offsets=offsets(partial),
+        partial_blocks=partial.nonzero()[:, 1].int().contiguous(),
+        partial_tiles=number[partial].contiguous(),
+        order=work.argsort(descending=True, stable=True).int(),
+    )

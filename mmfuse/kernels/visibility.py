@@ -9,10 +9,12 @@ Shapes: `B` samples, `Sq` queries, `Sk` keys.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntFlag
 from os import PathLike
+from types import MappingProxyType
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +32,22 @@ class Condition(IntFlag):
 
 
 Rules = Mapping[tuple[int, int], Sequence[Condition]]
+
+#: What each condition compares: a field of the query with a field of the key. CAUSAL asks for `>=`, the others for `==`.
+COMPARED: Mapping[Condition, tuple[str, str]] = MappingProxyType(
+    {
+        Condition.CAUSAL: ("rank", "rank"),
+        Condition.SELF: ("slot", "slot"),
+        Condition.SAME_SEGMENT: ("segment", "segment"),
+        Condition.SAME_TURN: ("turn", "turn"),
+        Condition.REF_SEGMENT: ("ref", "segment"),
+    }
+)
+
+#: Classes that a rule table may speak of, so that a set of classes fits into a byte.
+MAX_CLASSES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,6 +109,8 @@ class Visibility:
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 slot, got {window}")
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"a Visibility has at most {MAX_CLASSES} token classes, got {len(names)}")
         for pair in rules:
             if not all(0 <= cls < len(names) for cls in pair):
                 raise ValueError(f"rule {pair} speaks of a class outside 0..{len(names) - 1} ({', '.join(names)})")
@@ -132,23 +152,25 @@ class Visibility:
         return self._view(("view", window, keys), keys=self.keys.columns(len(self.keys) - keys), window=window)
 
     def _view(self, name: Hashable, **changes: object) -> Visibility:
-        if name not in self._memo:
-            parts = {"queries": self.queries, "keys": self.keys, "window": self.window, **changes}
-            self._memo[name] = Visibility(rules=self.rules, names=self.names, **parts)  # type: ignore[arg-type]
-        return self._memo[name]  # type: ignore[return-value]
+        parts = {"queries": self.queries, "keys": self.keys, "window": self.window, **changes}
+        return self.remember(name, lambda: Visibility(rules=self.rules, names=self.names, **parts))  # type: ignore[arg-type]
 
     # Lowered forms
 
+    def remember(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for each `name`: all layers of a batch share one lowered form."""
+        if name not in self._memo:
+            self._memo[name] = make()
+        return cast(T, self._memo[name])
+
     def dense(self) -> Tensor:
         """The mask itself: bool `[B, Sq, Sk]`, True where the query sees the key. This is the law."""
-        if "dense" not in self._memo:
-            self._memo["dense"] = self._dense()
-        return self._memo["dense"]  # type: ignore[return-value]
+        return self.remember("dense", self._dense)
 
     def _dense(self) -> Tensor:
         query, key = self.queries, self.keys
         seen = torch.zeros(self.shape, dtype=torch.bool, device=query.document.device)
-        for conjunction, pairs in self._pairs_by_conjunction().items():
+        for conjunction, pairs in self.pairs_by_conjunction().items():
             allowed = self._holds(conjunction)
             if len(pairs) < len(self.names) ** 2:
                 table = torch.zeros(len(self.names), len(self.names), dtype=torch.bool, device=seen.device)
@@ -162,7 +184,8 @@ class Visibility:
             seen &= (query.slot.unsqueeze(2) - key.slot.unsqueeze(1)).abs() < self.window
         return seen
 
-    def _pairs_by_conjunction(self) -> dict[Condition, list[tuple[int, int]]]:
+    def pairs_by_conjunction(self) -> dict[Condition, list[tuple[int, int]]]:
+        """For each conjunction in the rule table the class pairs that it is given for."""
         groups: dict[Condition, list[tuple[int, int]]] = {}
         for pair, conjunctions in self.rules.items():
             for conjunction in set(conjunctions):
@@ -172,23 +195,15 @@ class Visibility:
     def _holds(self, conjunction: Condition) -> Tensor:
         query, key = self.queries, self.keys
         held = torch.ones(self.shape, dtype=torch.bool, device=query.document.device)
-        if Condition.CAUSAL in conjunction:
-            held &= query.rank.unsqueeze(2) >= key.rank.unsqueeze(1)
-        if Condition.SELF in conjunction:
-            held &= query.slot.unsqueeze(2) == key.slot.unsqueeze(1)
-        if Condition.SAME_SEGMENT in conjunction:
-            held &= query.segment.unsqueeze(2) == key.segment.unsqueeze(1)
-        if Condition.SAME_TURN in conjunction:
-            held &= query.turn.unsqueeze(2) == key.turn.unsqueeze(1)
-        if Condition.REF_SEGMENT in conjunction:
-            held &= query.ref.unsqueeze(2) == key.segment.unsqueeze(1)
+        for condition, (mine, theirs) in COMPARED.items():
+            if condition in conjunction:
+                left, right = getattr(query, mine).unsqueeze(2), getattr(key, theirs).unsqueeze(1)
+                held &= left >= right if condition is Condition.CAUSAL else left == right
         return held
 
     def dead_rows(self) -> Tensor:
         """bool `[B, Sq]`: queries that see nothing; attention gives them 0."""
-        if "dead" not in self._memo:
-            self._memo["dead"] = ~self.dense().any(dim=2)
-        return self._memo["dead"]  # type: ignore[return-value]
+        return self.remember("dead", lambda: ~self.dense().any(dim=2))
 
     def is_causal(self) -> bool:
         """Whether every live row sees exactly itself and the slots before it, found without an S×S tensor.
@@ -196,9 +211,7 @@ class Visibility:
         True only if queries and keys are the same slots, each row is one document with padding behind it, and the
         rule for every pair of classes that occurs is CAUSAL alone.
         """
-        if "causal" not in self._memo:
-            self._memo["causal"] = self._is_causal()
-        return bool(self._memo["causal"])
+        return self.remember("causal", self._is_causal)
 
     def _is_causal(self) -> bool:
         query, key = self.queries, self.keys
@@ -219,9 +232,7 @@ class Visibility:
 
     def is_full(self) -> bool:
         """Whether every query sees every key, so that no mask is needed (the usual decoding step)."""
-        if "full" not in self._memo:
-            self._memo["full"] = len(self.queries) == 1 and bool(self.dense().all())
-        return bool(self._memo["full"])
+        return self.remember("full", lambda: len(self.queries) == 1 and bool(self.dense().all()))
 
     # Pictures
 
