@@ -1,6 +1,7 @@
 """Compile the Triton kernels ahead of time, without a GPU, and print what the compilers say about them as JSON lines.
 
     python tests/kernels/aot_report.py sm_90 forward:64 dkv:128:bf16:32x64w4 ...
+    python tests/kernels/aot_report.py budget
 
 Runs as a program of its own: a process that interprets kernels cannot compile them, and this variable tells them apart.
 A case is kernel:head_dim[:dtype[:ROWSxCOLUMNSwWARPS]]; without the last the launch table decides.
@@ -160,6 +161,20 @@ def report(architecture: str, case: Case) -> dict[str, Any]:
     return {"name": name, "launch": list(launch), "shared": kernel.metadata.shared, **facts}
 
 
+def budget() -> dict[str, dict[str, list[int]]]:
+    """The instructions of the inner loops, by architecture and case, of every kernel as the launch table has it."""
+    heads = (64, 80, 96, 128, 256)
+    cases = [f"{kernel}:{dim}" for kernel in ("forward", "dq", "dkv") for dim in heads]
+    cases += [f"{kernel}:{dim}" for kernel in ("delta", "decode") for dim in (64, 128, 256)]
+    cases += [f"{kernel}:64:fp16" for kernel in ("forward", "dq", "dkv")]
+    return {
+        architecture: {case: report(architecture, Case.parse(case))["loops"] for case in cases}
+        for architecture in ("sm_80", "sm_90", "sm_100", "gfx942")
+    }
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["budget"]:
+        print(re.sub(r"\[\s+(\d+),\s+(\d+)\s+\]", r"[\1, \2]", json.dumps(budget(), indent=2)))
     for text in sys.argv[2:]:
         print(json.dumps(report(sys.argv[1], Case.parse(text))), flush=True)

@@ -16,16 +16,18 @@ from mmfuse.kernels import Visibility, attend
 from mmfuse.kernels.plan import BlockPlan
 from mmfuse.kernels.triton import refusal
 from mmfuse.kernels.triton.launch import decode_splits, launch_of
-from mmfuse.kernels.triton.lists import plan_of_mask
 from mmfuse.kernels.triton.operator import masked_attention
 from mmfuse.sequence import TokenMap
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
-def causal(lengths: list[int]) -> Visibility:
-    maps = [TokenMap.from_layout([("text", 20), ("image", n - 25), ("answer", 5)]) for n in lengths]
-    return FUSIONS["mma"]().visibility(TokenMap.batch(maps, side="left"))
+def tokens_of(length: int) -> TokenMap:
+    return TokenMap.from_layout([("text", 20), ("image", length - 25), ("answer", 5)])
+
+
+def mutual(lengths: list[int]) -> Visibility:
+    return FUSIONS["mma"]().visibility(TokenMap.batch([tokens_of(length) for length in lengths], side="left"))
 
 
 @pytest.mark.parametrize("blocks", [(64, 64), (64, 128)])
@@ -38,7 +40,7 @@ def test_decoding_gives_the_last_rows_of_a_prefill(
     by_force: Callable[..., BlockPlan],
 ) -> None:  # fmt: skip
     """The second sample has keys only in its last blocks; the third sees nothing in its last row."""
-    visibility = causal([333, 60, 200])
+    visibility = mutual([333, 60, 200])
     seen = visibility.dense().clone()
     seen[2, -1] = False
     batch, length = seen.shape[:2]
@@ -60,7 +62,7 @@ def test_decoding_gives_the_last_rows_of_a_prefill(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_decoding_in_16_bits_errs_no_more_than_twice_plain_torch(dtype: torch.dtype) -> None:
-    visibility = causal([300, 200]).rows(298)
+    visibility = mutual([300, 200]).rows(298)
     q = torch.randn(2, 8, 2, 64).to(dtype)
     k, v = torch.randn(2, 2, 2, 300, 64).to(dtype)
     truth = attend(q.double(), k.double(), v.double(), visibility, backend="reference")
@@ -81,26 +83,28 @@ def test_keys_are_split_until_a_gpu_is_full() -> None:
 # The backend
 
 
-def test_plans_of_masks_hold_the_masks(by_force: Callable[..., BlockPlan]) -> None:
+def test_plans_by_force_hold_the_masks(by_force: Callable[..., BlockPlan]) -> None:
     seen = torch.rand(2, 130, 200) < 0.5
     seen[:, :64, :128], seen[:, 64:, 128:] = True, False
-    for plan in (plan_of_mask(seen), plan_of_mask(seen, 64, 128), by_force(seen), by_force(seen, 128, 64)):
+    for plan in (by_force(seen), by_force(seen, 128, 64), by_force(seen, 64, 128)):
         assert torch.equal(plan.dense(), seen)
         assert torch.equal(plan.dense(by_key=True), seen)
-        assert plan.block_q > 64 or plan.full >= 2
 
 
-def test_the_plan_of_a_visibility_is_made_once() -> None:
-    visibility = causal([70])
-    inputs = [torch.randn(1, 2, 70, 16) for _ in range(3)]
-    first = attend(*inputs, visibility, backend="triton")
-    made = visibility.once("triton plan", lambda: pytest.fail("not kept"))
-    assert torch.equal(attend(*inputs, visibility, backend="triton"), first)
-    assert visibility.once("triton plan", lambda: None) is made
+@pytest.mark.parametrize("fusion", ["mma", "naavit"])
+def test_the_planners_plan_serves_as_well_as_one_by_force(fusion: str, by_force: Callable[..., BlockPlan]) -> None:
+    visibility = FUSIONS[fusion]().visibility(TokenMap.batch([*map(tokens_of, (140, 70))], side="right"))
+    leaves = [torch.randn(2, 2, 140, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = attend(*leaves, visibility, scale=0.3, backend="triton")
+    expected, _ = masked_attention(*leaves, by_force(visibility.dense()), scale=0.3)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected))
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
 
 
 def test_the_backend_refuses_what_it_cannot_do() -> None:
-    visibility = causal([70])
+    visibility = mutual([70])
     wide = [torch.randn(1, 2, 70, 272) for _ in range(3)]
     with pytest.raises(RunError, match="'triton' takes head dims up to 256, got 272"):
         attend(*wide, visibility, backend="triton")

@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmfuse.fusion.base import base_visibility
 from mmfuse.kernels.attention import reference
-from mmfuse.kernels.plan import BlockPlan
-from mmfuse.kernels.triton.lists import plan_of_mask
+from mmfuse.kernels.plan import BlockPlan, plan_blocks
 from mmfuse.kernels.triton.operator import arguments_of, attention_forward, masked_attention
 from mmfuse.kernels.triton.primitives import dot, dot_onto
+from mmfuse.sequence import TokenMap
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -79,8 +80,8 @@ def test_errors_are_at_most_twice_those_of_plain_torch(
 ) -> None:
     """Sharp softmaxes too: there every implementation loses digits, and a fixed tolerance would say nothing.
 
-    Not so in float32: weights that the backward computes again carry the rounding of the log-sum-exp, which plain torch,
-    having kept them, does not know. 16-bit numbers are too coarse for that to show.
+    Not so in float32: weights that the backward computes again carry the rounding of the log-sum-exp, which plain
+    torch, having kept them, does not know. 16-bit numbers are too coarse for that to show.
     """
     seen = random_mask(1, 130, 130)
     q, k, v = draw(dtype, head_dim)
@@ -131,12 +132,12 @@ def test_two_runs_and_any_order_of_work_give_the_same_bits(by_force: Callable[..
 
 
 def test_shared_bit_tiles_change_nothing(by_force: Callable[..., Any]) -> None:
-    seen = torch.ones(2, 200, 200, dtype=torch.bool).tril()
-    inputs = [torch.randn(2, 2, 200, 64).requires_grad_() for _ in range(3)]
-
-    assert len(plan_of_mask(seen).words) < plan_of_mask(seen).partial
-    pairs = zip(run(inputs, seen, by_force), run(inputs, seen, plan_of_mask), strict=True)
-    assert all(torch.equal(x, y) for x, y in pairs)
+    visibility = base_visibility(TokenMap.from_layout([("text", 200)]))
+    inputs = [torch.randn(1, 2, 200, 64).requires_grad_() for _ in range(3)]
+    plan = plan_blocks(visibility)
+    assert len(plan.words) < plan.partial
+    shared = run(inputs, visibility.dense(), lambda seen: plan)
+    assert all(torch.equal(x, y) for x, y in zip(shared, run(inputs, visibility.dense(), by_force), strict=True))
 
 
 # Edges
@@ -161,9 +162,7 @@ def test_plans_that_do_not_fit_are_refused(by_force: Callable[..., Any]) -> None
     plan, inputs = by_force(random_mask(1, 130, 130)), draw(torch.float32)
     with pytest.raises(ValueError, match=r"blocks must be multiples of 64, got \(32, 64\)"):
         masked_attention(*inputs, replace(plan, block_q=32), scale=1.0)
-    with pytest.raises(
-        ValueError, match=r"the plan is for \(B, Sq, Sk\) = \(1, 130, 130\), but q and k ask for \(1, 60"
-    ):
+    with pytest.raises(ValueError, match=r"is for \(B, Sq, Sk\) = \(1, 130, 130\), but q and k ask for \(1, 60, 130\)"):
         masked_attention(inputs[0][:, :, :60], *inputs[1:], plan, scale=1.0)
 
 

@@ -1,7 +1,6 @@
 """The backend `triton`: flash attention over block lists, for any mask, forward and backward.
 
     launch.py      how large a step each kernel takes
-    lists.py       a plan from a mask
     primitives.py  products, rows and bit tiles
     forward.py, backward.py, decode.py
                    the kernels
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.errors import RunError
-from mmfuse.kernels.triton.lists import plan_of_mask
+from mmfuse.kernels.plan import plan_blocks
 from mmfuse.kernels.visibility import Visibility
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -39,8 +38,7 @@ def triton_attention(
         raise RunError(f"attention backend 'triton' {reason}")
     from mmfuse.kernels.triton.operator import masked_attention
 
-    plan = visibility.once("triton plan", lambda: plan_of_mask(visibility.dense()))
-    out, _ = masked_attention(q, k, v, plan, scale=scale, mass=mass)
+    out, _ = masked_attention(q, k, v, plan_blocks(visibility), scale=scale, mass=mass)
     return out
 
 
