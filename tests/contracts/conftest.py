@@ -1,8 +1,8 @@
 """What the contract suite runs over: a strategy joins by its line in `FUSIONS`, a decoder by its line in `FAMILIES`.
 
 The full cross product would say little more than this covering design: every strategy with every family on a ragged
-batch, and on Llama every strategy with every arrangement of samples, every attention backend that the CPU runs at speed,
-and both multi-head and grouped-query attention.
+batch, and on Llama every strategy with every arrangement of samples, every attention backend that the CPU runs
+at speed, and both multi-head and grouped-query attention.
 """
 
 from __future__ import annotations
