@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import cycle, product
 
 import pytest
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from mmfuse.fusion import FUSIONS
@@ -94,7 +95,11 @@ def design() -> list[Case]:
     return cases
 
 
-@pytest.fixture(params=design(), ids=str)
+def marked(case: Case) -> ParameterSet:
+    return pytest.param(case, marks=[pytest.mark.slow] if case.backend in INTERPRETED else [])
+
+
+@pytest.fixture(params=map(marked, design()), ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 

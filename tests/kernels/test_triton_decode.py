@@ -106,10 +106,10 @@ def test_the_planners_plan_serves_as_well_as_one_by_force(fusion: str, by_force:
 def test_the_backend_refuses_what_it_cannot_do() -> None:
     visibility = mutual([70])
     wide = [torch.randn(1, 2, 70, 272) for _ in range(3)]
-    with pytest.raises(RunError, match="'triton' takes head dims up to 256, got 272"):
+    with pytest.raises(RunError, match="'triton' refuses: it takes head dims up to 256, got 272"):
         attend(*wide, visibility, backend="triton")
-    assert refusal(torch.empty(1, 1, 1, 16, dtype=torch.float8_e4m3fn)) == (
-        "takes float16, bfloat16, float32, float64, got torch.float8_e4m3fn"
+    assert refusal(16, torch.float8_e4m3fn, "cpu") == (
+        "it takes float16, bfloat16, float32, float64, got torch.float8_e4m3fn"
     )
 
 
@@ -119,7 +119,7 @@ import torch
 import mmfuse.kernels
 from mmfuse.kernels.triton import refusal
 assert "triton" not in sys.modules, "imported before it is needed"
-print(refusal(torch.empty(1, 1, 1, 16)))
+print(refusal(16, torch.float32, 'cpu'))
 """
 
 
@@ -129,5 +129,5 @@ def test_tensors_on_the_cpu_are_refused_outside_the_interpreter() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (
-        "runs on a GPU, and these tensors are on the CPU (for tests, TRITON_INTERPRET=1 runs it there, slowly)"
+        "it runs on a GPU, and these tensors are on the CPU (for tests, TRITON_INTERPRET=1 runs it there, slowly)"
     )

@@ -33,28 +33,30 @@ def triton_attention(
     Raises:
         RunError: triton is missing, or does not run on these tensors; the message says why.
     """
-    reason = refusal(q)
+    reason = refusal(q.shape[3], q.dtype, q.device.type)
     if reason is not None:
-        raise RunError(f"attention backend 'triton' {reason}")
+        raise RunError(f"attention backend 'triton' refuses: {reason}")
     from mmfuse.kernels.triton.operator import masked_attention
 
     out, _ = masked_attention(q, k, v, plan_blocks(visibility), scale=scale, mass=mass)
     return out
 
 
-def refusal(q: Tensor) -> str | None:
-    """Why the kernels cannot run on queries such as `q`; None if they can."""
-    if q.shape[-1] > MAX_HEAD_DIM:
-        return f"takes head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}"
+def refusal(head_dim: int, dtype: torch.dtype, device: str) -> str | None:
+    """Why the kernels cannot run on tensors of that dtype on a device of that type; None if they can."""
+    if head_dim > MAX_HEAD_DIM:
+        return f"it takes head dims up to {MAX_HEAD_DIM}, got {head_dim}"
     if find_spec("triton") is None:
-        return "needs the package triton, which is not installed here"
+        return "it needs the package triton, which is not installed here"
     from mmfuse.kernels.triton.primitives import INTERPRETED
 
     dtypes: tuple[torch.dtype, ...] = DTYPES
     if INTERPRETED:
         dtypes = (*DTYPES, torch.float64)
-    elif q.device.type == "cpu":
-        return "runs on a GPU, and these tensors are on the CPU (for tests, TRITON_INTERPRET=1 runs it there, slowly)"
-    if q.dtype not in dtypes:
-        return f"takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}, got {q.dtype}"
+    elif device == "cpu":
+        return (
+            "it runs on a GPU, and these tensors are on the CPU (for tests, TRITON_INTERPRET=1 runs it there, slowly)"
+        )
+    if dtype not in dtypes:
+        return f"it takes {', '.join(str(known).removeprefix('torch.') for known in dtypes)}, got {dtype}"
     return None
