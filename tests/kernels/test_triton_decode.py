@@ -14,7 +14,7 @@ from mmfuse.errors import RunError
 from mmfuse.fusion import FUSIONS
 from mmfuse.kernels import Visibility, attend
 from mmfuse.kernels.plan import BlockPlan
-from mmfuse.kernels.triton import refusal
+from mmfuse.kernels.triton import refusal, triton_attention
 from mmfuse.kernels.triton.launch import decode_splits, launch_of
 from mmfuse.kernels.triton.operator import masked_attention
 from mmfuse.sequence import TokenMap
@@ -107,7 +107,7 @@ def test_the_backend_refuses_what_it_cannot_do() -> None:
     visibility = mutual([70])
     wide = [torch.randn(1, 2, 70, 272) for _ in range(3)]
     with pytest.raises(RunError, match="'triton' refuses: it takes head dims up to 256, got 272"):
-        attend(*wide, visibility, backend="triton")
+        triton_attention(*wide, visibility, 1.0, None)
     assert refusal(16, torch.float8_e4m3fn, "cpu") == (
         "it takes float16, bfloat16, float32, float64, got torch.float8_e4m3fn"
     )
@@ -117,7 +117,7 @@ WITHOUT_INTERPRETER = """
 import sys
 import torch
 import mmfuse.kernels
-from mmfuse.kernels.triton import refusal
+from mmfuse.kernels.triton import refusal, triton_attention
 assert "triton" not in sys.modules, "imported before it is needed"
 print(refusal(16, torch.float32, 'cpu'))
 """
