@@ -172,13 +172,13 @@ def _plan(visibility: Visibility, block_q: int, block_k: int) -> BlockPlan:
         counts.append(count[partial])
         words.append(pack_bits(seen[partial]))
         words_t.append(pack_bits(seen[partial].transpose(1, 2)))
-    batch, nq, nk = state.shape
+    batch = len(state)
     shared, shared_t, tile = _share(words, words_t, block_q, block_k, state.device)
     full_tiles, partial_tiles = (state == FULL).flatten(0, 1), (state == UNKNOWN).flatten(0, 1)
     # The bit tiles are numbered in this grid, so that both orientations can look theirs up.
     number = torch.zeros(state.shape, dtype=torch.int32, device=state.device)
     number[state == UNKNOWN] = tile
-    turned = [grid.unflatten(0, (batch, nq)).transpose(1, 2).flatten(0, 1) for grid in (full_tiles, partial_tiles)]
+    full_t, partial_t = ((state == kind).transpose(1, 2).flatten(0, 1) for kind in (FULL, UNKNOWN))
     visible = int(full_tiles.sum()) * block_q * block_k + sum(int(count.sum()) for count in counts)
     return BlockPlan(
         batch=batch,
@@ -187,7 +187,7 @@ def _plan(visibility: Visibility, block_q: int, block_k: int) -> BlockPlan:
         block_q=block_q,
         block_k=block_k,
         by_query=_lists(full_tiles, partial_tiles, number.flatten(0, 1)),
-        by_key=_lists(*turned, number.transpose(1, 2).flatten(0, 1)),
+        by_key=_lists(full_t, partial_t, number.transpose(1, 2).flatten(0, 1)),
         words=shared,
         words_t=shared_t,
         visible=visible,

@@ -74,15 +74,19 @@ class Blocks:
         return {name: values[sample, block] for name, values in self.fields.items()}
 
 
-def cut(visibility: Visibility, block_q: int, block_k: int) -> tuple[Blocks, Blocks]:
-    """Queries and keys in blocks, with the fields that the visibility's rules compare."""
+def compared_fields(visibility: Visibility) -> tuple[set[str], set[str]]:
+    """The fields of queries and those of keys that the rules and the window compare, `document` and `cls` aside."""
     used = [c for conjunction in visibility.pairs_by_conjunction() for c in COMPARED if c in conjunction]
     window = {"slot"} if visibility.window is not None else set()
+    return {COMPARED[c][0] for c in used} | window, {COMPARED[c][1] for c in used} | window
+
+
+def cut(visibility: Visibility, block_q: int, block_k: int) -> tuple[Blocks, Blocks]:
+    """Queries and keys in blocks."""
+    mine, theirs = compared_fields(visibility)
     classes = len(visibility.names)
-    return (
-        Blocks.of(visibility.queries, block_q, {COMPARED[c][0] for c in used} | window, classes),
-        Blocks.of(visibility.keys, block_k, {COMPARED[c][1] for c in used} | window, classes),
-    )
+    queries = Blocks.of(visibility.queries, block_q, mine, classes)
+    return queries, Blocks.of(visibility.keys, block_k, theirs, classes)
 
 
 class _Intervals:

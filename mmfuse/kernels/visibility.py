@@ -33,7 +33,7 @@ class Condition(IntFlag):
 
 Rules = Mapping[tuple[int, int], Sequence[Condition]]
 
-#: What each condition compares: a field of the query with a field of the key. CAUSAL asks for `>=`, the others for `==`.
+#: Which field of the query each condition compares with which of the key. CAUSAL asks for `>=`, the others for `==`.
 COMPARED: Mapping[Condition, tuple[str, str]] = MappingProxyType(
     {
         Condition.CAUSAL: ("rank", "rank"),
