@@ -7,6 +7,8 @@
 | `rectangles` | torch's fused attention on each rectangle of the mask   | devices other than the CPU; masks that |
 |              |                                                         | a window or SELF cuts; more than 1,024 |
 | `flex`       | FlexAttention on the planner's block mask               | gradients on the CPU                   |
+| `triton`     | our kernels over the planner's tile lists               | the CPU, but in the interpreter; heads |
+|              |                                                         | wider than 256                         |
 
 `auto` is `sdpa` where that needs no dense mask, and otherwise the cheaper of `sdpa` and `rectangles` by predicted cost.
 `mmfuse kernels` prints the choice for a shape, and why. A new backend is one more line of `BACKENDS`.
@@ -23,6 +25,8 @@ from torch import Tensor
 from mmfuse.kernels import flex, merged, reference, sdpa
 from mmfuse.kernels.call import Call
 from mmfuse.kernels.rectangles import Rectangle, rectangle_cover
+from mmfuse.kernels.triton import refusal as triton_refusal
+from mmfuse.kernels.triton import triton_attention
 from mmfuse.kernels.visibility import Visibility
 
 # The cost rule, fitted to forward and backward passes on the CPU (float32, 16 heads of width 64, N = 256 to 2048, see
@@ -61,6 +65,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         "sdpa": Backend(sdpa.sdpa, _never_refuses),
         "rectangles": Backend(merged.rectangles, merged.refusal),
         "flex": Backend(flex.flex, flex.refusal),
+        "triton": Backend(triton_attention, triton_refusal),
     }
 )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import cycle, product
 
 import pytest
+from _pytest.mark import ParameterSet
 from torch import Tensor
 
 from mmfuse.fusion import FUSIONS
@@ -20,6 +21,9 @@ from mmfuse.kernels import BACKENDS, BackendError
 from mmfuse.models import MultimodalLM
 from mmfuse.sequence import Side, TokenMap
 from mmfuse.testing import FAMILIES, Layout, tiny_batch, tiny_model
+
+#: Backends that run in an interpreter without a GPU: one arrangement of each strategy, among the slow tests.
+INTERPRETED = ("triton",)
 
 REFUSALS = pytest.StashKey[Counter[str]]()
 
@@ -91,12 +95,17 @@ def design() -> list[Case]:
         for name, backend, kv_heads in product(ARRANGEMENTS, ("reference", "sdpa"), (4, 2)):
             cases.append(Case(fusion, "llama", kv_heads, name, backend))
         # The other backends are compared with these on random masks, too: here grouped queries will do.
-        for name, backend in product(ARRANGEMENTS, (name for name in BACKENDS if name not in ("reference", "sdpa"))):
+        for name, backend in product(ARRANGEMENTS, ("rectangles", "flex")):
             cases.append(Case(fusion, "llama", 2, name, backend))
+        cases += [Case(fusion, "llama", 2, "ragged_left", backend) for backend in INTERPRETED]
     return cases
 
 
-@pytest.fixture(params=design(), ids=str)
+def marked(case: Case) -> ParameterSet:
+    return pytest.param(case, marks=[pytest.mark.slow] if case.backend in INTERPRETED else [])
+
+
+@pytest.fixture(params=map(marked, design()), ids=str)
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param
 

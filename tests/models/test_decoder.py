@@ -194,7 +194,7 @@ def test_a_stale_cache_is_refused() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "triton"])  # slow where it is interpreted
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_a_prompt_padded_on_the_right_can_be_continued(fusion: str, backend: str) -> None:
     model = tiny_model(fusion)

@@ -1,0 +1,135 @@
+"""Whether the tests of the Triton kernels would see a mistake: each mutant breaks one line of them and must fail."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmfuse.kernels.triton
+from mmfuse.kernels.plan import BlockPlan
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("poisoned")]
+
+SOURCE = Path(mmfuse.kernels.triton.__file__).parent
+INF = 'float("-inf")'
+
+#: File, what stands there, and what the mutant has instead.
+MUTANTS = {
+    "another key head": ("forward", "(head // GROUP)", "(head % GROUP)"),
+    "no guard of rows without keys": ("forward", f"tl.where(new_peak == {INF}, 0.0, new_peak)", "new_peak"),
+    "sum not faded": ("forward", "out * fade[:, None]", "out"),
+    "denominator not faded": ("forward", "total * fade +", "total +"),
+    "hidden is merely small": ("forward", f"tl.where(seen, scores, {INF})", "tl.where(seen, scores, -9.0)"),
+    "partial list too short": (
+        "forward", "tl.load(PARTIAL_OFFSETS + place + 1) * STEPS", "tl.load(PARTIAL_OFFSETS + place + 1) * STEPS - 1",
+    ),
+    "full list too short": (
+        "forward", "tl.load(FULL_OFFSETS + place + 1) * STEPS", "tl.load(FULL_OFFSETS + place + 1) * STEPS - 1",
+    ),
+    "mass not counted": ("forward", f"tl.where(peak == {INF}, 0.0, 1.0)", f"tl.where(peak == {INF}, 0.0, 0.0)"),
+    "bits swapped": (
+        "primitives", "narrow[:, None] >> tl.arange(0, C)[None, :]", "narrow[:, None] >> (tl.arange(0, C) ^ 1)[None]",
+    ),
+    "first rows of the tile": ("primitives", "* ROWS + first_row + tl", "* ROWS + tl"),
+    "first word of the row": ("primitives", "(COLUMNS // 64) + first_column // 64", "(COLUMNS // 64)"),
+    "first bits of the word": ("primitives", "(first_column % 64)", "(first_column * 0)"),
+    "rows behind the end": ("primitives", "mask=(rows[:, None] < length) & (columns[None, :] < D), other=0.0)\n    if",
+                            "mask=columns[None, :] < D, other=0.0)\n    if"),
+    "columns behind the end": ("primitives", "return tl.load(pointers, mask=columns[None, :] < D, other=0.0)",
+                               "return tl.load(pointers)"),
+    "first sample": ("primitives", "return place, place // blocks,", "return place, place * 0,"),
+    "dq without delta": ("backward", " - delta[:, None]", ""),
+    "dk without delta": ("backward", " - delta[None, :]", ""),
+    "gradient of rows without keys": ("backward", f'tl.where(lse == {INF}, float("inf"), lse)', "lse"),
+    "scale of dq": ("backward", "dq * softmax_scale", "dq * scale"),
+    "scale of dk": ("backward", "dk * softmax_scale", "dk * scale"),
+    "one head of the group": ("backward", "for member in range(GROUP)", "for member in range(1)"),
+    "sign of the log-sum-exp": ("backward", "delta -= tl.load(D_LSE", "delta += tl.load(D_LSE"),
+    "gradient of the mass": ("operator", "delta.transpose(0, 1)).sum(0)", "delta.transpose(0, 1)).mean(0)"),
+    "parts not weighed": ("decode", "parts * shares[:, None]", "parts"),
+    "share too short": ("decode", "tl.minimum(start + (split + 1)", "tl.minimum(start + split"),
+    "first query": ("decode", "(head % GROUP) * length_q + query\n", "(head % GROUP) * length_q\n"),
+    "mass twice": ("decode", "total += tl.math.exp2(mass - base)", "total += 2 * tl.math.exp2(mass - base)"),
+}  # fmt: skip
+#: Differ from the original in nothing that can be seen.
+EQUIVALENT = {
+    "nothing": ("forward", "", ""),
+    "any order of work": ("primitives", "tl.load(ORDER + program // (BLOCK // R))", "program // (BLOCK // R)"),
+}
+
+
+def mutated(where: Path, name: str, change: tuple[str, str, str]) -> ModuleType:
+    """The operators over a copy of the kernels with one change."""
+    package = f"mutant_{abs(hash(name))}"
+    file, old, new = change
+    shutil.copytree(SOURCE, where / package, ignore=shutil.ignore_patterns("__pycache__", "__init__.py"))
+    assert old in (where / package / f"{file}.py").read_text(), "the mutant has lost its line"
+    for path in (where / package).glob("*.py"):
+        text = path.read_text().replace(old, new) if path.stem == file and old else path.read_text()
+        path.write_text(text.replace("mmfuse.kernels.triton.", f"{package}.").replace('"mmfuse::', f'"{package}::'))
+    sys.path.insert(0, str(where))
+    try:
+        return importlib.import_module(f"{package}.operator")
+    finally:
+        sys.path.remove(str(where))
+
+
+def guarded(batch: int, heads: int, length: int) -> Tensor:
+    """`[B, H, S, 80]` amid NaN."""
+    around = torch.full((batch, heads, length + 160, 128), torch.nan, dtype=torch.float64)
+    inner = around[:, :, 80:-80, :80]
+    return inner.copy_(torch.randn(inner.shape, dtype=torch.float64)).detach()
+
+
+def results(operator: ModuleType, plan: BlockPlan, last: BlockPlan, *, with_mass: bool) -> list[Tensor]:
+    """Output, log-sum-exp and gradients of a prefill, and output and log-sum-exp of its last rows decoded."""
+    torch.manual_seed(0)
+    q, k, v = (guarded(2, heads, plan.keys).requires_grad_() for heads in (6, 3, 3))
+    mass = torch.randn(2, plan.queries, dtype=torch.float64, requires_grad=True) if with_mass else None
+    out, lse = operator.masked_attention(q, k, v, plan, scale=0.3, mass=mass)
+    inputs = [x for x in (q, k, v, mass) if x is not None]
+    gradients = torch.autograd.grad([out, lse], inputs, [torch.randn_like(out), torch.randn_like(lse)])
+    tail = [x.detach()[:, :, -last.queries :] if x is q else x.detach() for x in (q, k, v)]
+    some = None if mass is None else mass.detach()[:, -last.queries :]
+    return [x.detach() for x in (out, lse, *gradients, *operator.masked_attention(*tail, last, scale=0.3, mass=some))]
+
+
+def agree(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    return all(torch.allclose(x, y, rtol=1e-10, atol=1e-10) for x, y in zip(mine, theirs, strict=True))
+
+
+@pytest.fixture
+def killed(tmp_path: Path, by_force: Callable[..., BlockPlan]) -> Callable[[str, tuple[str, str, str]], bool]:
+    """Whether a mutant differs from the original, which other tests hold against the reference."""
+    seen = torch.rand(2, 250, 250) < 0.5
+    seen[:, :128, :128], seen[:, 200] = True, False
+    plan, last = by_force(seen, 128, 128), by_force(seen[:, -5:], 128, 128)
+    original = importlib.import_module("mmfuse.kernels.triton.operator")
+
+    def verdict(name: str, change: tuple[str, str, str]) -> bool:
+        mutant = mutated(tmp_path, name, change)
+        for with_mass in (False, True):
+            expected = results(original, plan, last, with_mass=with_mass)
+            if not agree(results(mutant, plan, last, with_mass=with_mass), expected):
+                return True
+        return False
+
+    return verdict
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_are_seen(name: str, killed: Callable[[str, tuple[str, str, str]], bool]) -> None:
+    assert killed(name, MUTANTS[name])
+
+
+@pytest.mark.parametrize("name", EQUIVALENT)
+def test_equivalent_changes_are_not(name: str, killed: Callable[[str, tuple[str, str, str]], bool]) -> None:
+    assert not killed(name, EQUIVALENT[name])
