@@ -17,8 +17,8 @@ from torch import Tensor
 from mmfuse.fusion import FUSIONS
 from mmfuse.fusion.base import ANSWER, CLASSES, MEDIA, PROMPT, axis_of
 from mmfuse.kernels import Condition, Visibility
-from mmfuse.kernels.attention import reference
 from mmfuse.kernels.plan import BlockPlan
+from mmfuse.kernels.reference import reference
 from mmfuse.kernels.triton.operator import masked_attention
 from mmfuse.sequence import TokenMap
 

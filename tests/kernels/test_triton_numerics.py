@@ -13,8 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmfuse.fusion.base import base_visibility
-from mmfuse.kernels.attention import reference
 from mmfuse.kernels.plan import BlockPlan, plan_blocks
+from mmfuse.kernels.reference import reference
 from mmfuse.kernels.triton.operator import arguments_of, attention_forward, masked_attention
 from mmfuse.kernels.triton.primitives import dot, dot_onto
 from mmfuse.sequence import TokenMap
