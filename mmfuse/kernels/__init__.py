@@ -1,7 +1,8 @@
 """Masked attention: visibility rules and the backends that run them."""
 
-from mmfuse.kernels.attention import attend
+from mmfuse.kernels.attention import attend, attend_with_shares, attention_statistics
 from mmfuse.kernels.call import BackendError, Call
+from mmfuse.kernels.classes import Statistics
 from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
 from mmfuse.kernels.plan import BlockPlan, plan_blocks
 from mmfuse.kernels.rectangles import rectangle_cover
@@ -16,8 +17,11 @@ __all__ = [
     "Call",
     "Condition",
     "Rules",
+    "Statistics",
     "Visibility",
     "attend",
+    "attend_with_shares",
+    "attention_statistics",
     "choose",
     "plan_blocks",
     "rectangle_cover",

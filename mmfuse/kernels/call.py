@@ -33,7 +33,7 @@ class Call:
     with_mass: bool = False
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None) -> Call:
-        inputs = (q, k, v) if mass is None else (q, k, v, mass)
-        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    def of(q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, bias: Tensor | None = None) -> Call:
+        inputs = (q, k, v, mass, bias)
+        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
         return Call(q.shape[1], q.shape[3], q.dtype, q.device.type, differentiable, mass is not None)

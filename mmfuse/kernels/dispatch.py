@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mmfuse.kernels import flex, merged, reference, sdpa
 from mmfuse.kernels.call import Call
+from mmfuse.kernels.classes import Statistics
 from mmfuse.kernels.rectangles import Rectangle, rectangle_cover
 from mmfuse.kernels.triton import refusal as triton_refusal
 from mmfuse.kernels.triton import triton_attention
@@ -42,6 +43,10 @@ SMALLEST_MASK = 256 * 256
 WORTH_IT = 0.95
 
 
+WithShares = Callable[[Tensor, Tensor, Tensor, Visibility, float, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+StatisticsOf = Callable[[Tensor, Tensor, Visibility, float, Tensor | None, Tensor | None], Statistics]
+
+
 @dataclass(frozen=True)
 class Backend:
     """A way to compute attention.
@@ -49,10 +54,15 @@ class Backend:
     Attributes:
         run: called with q, k, v, visibility, scale and mass.
         refusal: why it cannot run a call, or None if it can.
+        with_shares: called with these and a bias by class; the output and the shares of each class. None where `run`
+            gives them through columns of keys and values.
+        statistics: called with q, k, visibility, scale, mass and bias; None where there are none.
     """
 
     run: Callable[[Tensor, Tensor, Tensor, Visibility, float, Tensor | None], Tensor]
     refusal: Callable[[Visibility, Call], str | None]
+    with_shares: WithShares | None = None
+    statistics: StatisticsOf | None = None
 
 
 def _never_refuses(visibility: Visibility, call: Call) -> None:
@@ -61,7 +71,9 @@ def _never_refuses(visibility: Visibility, call: Call) -> None:
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
-        "reference": Backend(reference.reference, _never_refuses),
+        "reference": Backend(
+            reference.reference, _never_refuses, reference.reference_with_shares, reference.reference_statistics
+        ),
         "sdpa": Backend(sdpa.sdpa, _never_refuses),
         "rectangles": Backend(merged.rectangles, merged.refusal),
         "flex": Backend(flex.flex, flex.refusal),
