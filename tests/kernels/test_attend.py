@@ -64,6 +64,10 @@ def refused(backend: str, visibility: Visibility, inputs: list[Tensor]) -> bool:
     return reason is not None
 
 
+#: The interpreter takes seconds for random shapes, of which each hypothesis example has another.
+MANY = [pytest.param(backend, marks=[pytest.mark.slow] if backend == "triton" else []) for backend in BACKENDS]
+
+
 def learns(backend: str) -> bool:
     """FlexAttention has no backward pass on the CPU: what it computes is compared, and that it says so."""
     return backend != "flex"
@@ -76,7 +80,7 @@ def gradients(out: Tensor, inputs: list[Tensor], direction: Tensor) -> tuple[Ten
     return torch.autograd.grad((out * direction).sum(), inputs, allow_unused=True, materialize_grads=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MANY)
 @settings(max_examples=40)
 @given(
     runs=batches,
@@ -206,7 +210,7 @@ def test_attend_refuses() -> None:
     refuse("visibility is (2, 3, 3) (B, Sq, Sk), but q and k ask for (1, 3, 3)", ValueError, q[:1], k[:1], k[:1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", MANY)
 @settings(max_examples=30)
 @given(
     runs=batches,

@@ -31,7 +31,7 @@ HEAD_DIMS = (16, 64, 80, 96, 128, 256)
 BLIND_PAIRS = ((PROMPT, MEDIA), (PROMPT, PROMPT), (ANSWER, PROMPT), (ANSWER, ANSWER))
 NEAR = {(a, b): (Condition.CAUSAL, Condition.SAME_SEGMENT) for a in (PROMPT, MEDIA, ANSWER) for b in (PROMPT, MEDIA)}
 
-#: Each strategy whose mask differs from those before it; the slow tests take all of them.
+#: Each strategy whose mask differs from those before it; the slow tests take all of them, the exhaustive ones at every length and group.
 DISTINCT = ("causal", "prefix_lm", "mma", "naavit", "composite", "cross_attention")
 EXTRA = ("blind media", "segments", "window", "packed")
 
@@ -164,7 +164,11 @@ def test_kernels_equal_the_reference(case: Case, by_force: Callable[..., BlockPl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", FULL, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.exhaustive] if i % 13 else []) for i, case in enumerate(FULL)],
+    ids=str,
+)
 def test_kernels_equal_the_reference_everywhere(case: Case, by_force: Callable[..., BlockPlan]) -> None:
     check(case, by_force)
 

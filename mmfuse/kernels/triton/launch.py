@@ -36,7 +36,7 @@ _AMD = {
 }
 _FLOAT32 = {64: Launch(32, 32, 4), 128: Launch(32, 32, 8), 256: Launch(32, 16, 8)}
 #: For the interpreter alone: few steps, and blocks in parts of either kind.
-_FLOAT64 = {64: Launch(64, 64, 4), 128: Launch(64, 32, 4), 256: Launch(32, 64, 4)}
+_FLOAT64 = {64: Launch(64, 64, 4), 128: Launch(64, 32, 4), 256: Launch(64, 64, 4)}
 _SMALL = {"delta": Launch(16, 64, 4), "decode": Launch(32, 32, 4)}
 
 
