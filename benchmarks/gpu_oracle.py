@@ -5,8 +5,8 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_oracle.py --device cpu --lengths 70 --head-dims 64 --masks mma
 
 Errors of output, shares and gradients of q, k, v and the bias are norms against float64, and may be twice those of the
-reference in the same dtype. Times are medians with a cold second-level cache; useful FLOPs count visible pairs alone, the
-backward 2.5 times the forward, and a roofline is the card's dense tensor peak in 16 bits.
+reference in the same dtype. Times are medians with a cold second-level cache; useful FLOPs count visible pairs alone,
+the backward 2.5 times the forward, and a roofline is the card's dense tensor peak in 16 bits.
 """
 
 from __future__ import annotations

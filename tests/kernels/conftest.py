@@ -40,7 +40,7 @@ def _plan(seen: Tensor, block_q: int = 64, block_k: int = 64) -> BlockPlan:
     return BlockPlan(batch, queries, keys, block_q, block_k, by_query, by_key, words, words_t, visible=int(seen.sum()))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def by_force() -> Callable[..., BlockPlan]:
     """Maker of the plan of `seen [B, Sq, Sk]` in blocks of a given shape."""
     return _plan
