@@ -27,7 +27,7 @@ from mmfuse.kernels.call import Call
 from mmfuse.kernels.classes import Statistics
 from mmfuse.kernels.rectangles import Rectangle, rectangle_cover
 from mmfuse.kernels.triton import refusal as triton_refusal
-from mmfuse.kernels.triton import triton_attention
+from mmfuse.kernels.triton import triton_attention, triton_with_shares
 from mmfuse.kernels.visibility import Visibility
 
 # The cost rule, fitted to forward and backward passes on the CPU (float32, 16 heads of width 64, N = 256 to 2048, see
@@ -77,7 +77,7 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
         "sdpa": Backend(sdpa.sdpa, _never_refuses),
         "rectangles": Backend(merged.rectangles, merged.refusal),
         "flex": Backend(flex.flex, flex.refusal),
-        "triton": Backend(triton_attention, triton_refusal),
+        "triton": Backend(triton_attention, triton_refusal, triton_with_shares),
     }
 )
 

@@ -38,6 +38,8 @@ KERNELS = {
     "dkv": dkv_kernel,
     "decode": decode_kernel,
 }
+#: Of bias and shares by class.
+COLUMNS = ("BIAS", "SHARES", "D_SHARES", "D_BIAS")
 BLOCK = 64
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)")
@@ -66,7 +68,7 @@ def constants(case: Case, launch: Launch) -> dict[str, Any]:
     every = {
         "GROUP": 4, "D": case.head_dim, "W": padded(case.head_dim), "BLOCK_Q": BLOCK, "BLOCK_K": BLOCK,
         "R": launch.rows, "C": launch.columns, "SPLITS": 8, "ACC": tl.float32, "PRECISION": "tf32",
-        "MASS": None, "D_LSE": None,
+        "MASS": None, "D_LSE": None, "BIAS": None, "CLASSES": None, "D_SHARES": None,
     }  # fmt: skip
     names = KERNELS[case.kernel].arg_names
     return {name: value for name, value in every.items() if name in names}
@@ -75,7 +77,7 @@ def constants(case: Case, launch: Launch) -> dict[str, Any]:
 def compiled(case: Case, launch: Launch, target: GPUTarget) -> Any:
     kernel, fixed = KERNELS[case.kernel], constants(case, launch)
     pointers = dict.fromkeys(["Q", "K", "V", "OUT", "D_OUT", "DQ", "DK", "DV"], case.dtype)
-    pointers |= dict.fromkeys(["LSE", "DELTA", "PART", "PART_LSE"], "fp32") | {"WORDS": "i64"}
+    pointers |= dict.fromkeys(["LSE", "DELTA", "PART", "PART_LSE", *COLUMNS], "fp32") | {"WORDS": "i64"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in fixed:

@@ -87,6 +87,23 @@ def test_bias_and_shares_are_what_they_are_by_hand(backend: str, fusion: str, wi
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-10)
 
 
+@pytest.mark.parametrize("width", [16, 80])
+def test_the_kernels_bias_and_shares_hold_over_whole_blocks(width: int) -> None:
+    """Two documents of several blocks, whole and in part: output, shares and gradients are the reference's."""
+    runs = [[("text", 90), ("image", 100), ("answer", 10)], [("image", 130), ("text", 20)]]
+    tokens = TokenMap.batch([TokenMap.from_layout(layout) for layout in runs], side="right")
+    visibility = FUSIONS["mma"]().visibility(tokens)
+    qkv, mass, bias = draw(visibility, width=width)
+    inputs, results = [*qkv, mass, bias], []
+    for backend in ("triton", "reference"):
+        outputs = attend_with_shares(*qkv, visibility, scale=SCALE, mass=mass, bias=bias, backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        directions = [torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, inputs, directions)])
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shares_sum_to_one_where_a_row_sees_anything(backend: str) -> None:
     visibility = visibility_of()

@@ -94,7 +94,7 @@ def test_the_planners_plan_serves_as_well_as_one_by_force(fusion: str, by_force:
     visibility = FUSIONS[fusion]().visibility(TokenMap.batch([*map(tokens_of, (140, 70))], side="right"))
     leaves = [torch.randn(2, 2, 140, 16, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     out = attend(*leaves, visibility, scale=0.3, backend="triton")
-    expected, _ = masked_attention(*leaves, by_force(visibility.dense()), scale=0.3)
+    expected, _, _ = masked_attention(*leaves, by_force(visibility.dense()), scale=0.3)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected))
     for mine, theirs in zip(*gradients, strict=True):

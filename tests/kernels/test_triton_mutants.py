@@ -55,6 +55,14 @@ MUTANTS = {
     "one head of the group": ("backward", "for member in range(GROUP)", "for member in range(1)"),
     "sign of the log-sum-exp": ("backward", "delta -= tl.load(D_LSE", "delta += tl.load(D_LSE"),
     "gradient of the mass": ("operator", "delta.transpose(0, 1)).sum(0)", "delta.transpose(0, 1)).mean(0)"),
+    "shares not faded": ("forward", "shares * fade[:, None]", "shares"),
+    "bias of another class": ("primitives", "tl.arange(0, 16)[None, :] % 8, 1.0", "(tl.arange(0, 16)[None, :] + 1) % 8, 1.0"),
+    "gradient of the shares' rows": ("backward", "delta += tl.sum(shares * d_shares, 1)", "delta += 0.0"),
+    "no bias in dk": ("backward", "scores = dot_onto(one_hot, tl.trans(bias), scores, PRECISION)", "scores += 0.0"),
+    "shares not in dv's weights": (
+        "backward", "d_weights = dot_onto(one_hot, tl.trans(d_shares), d_weights, PRECISION)", "d_weights += 0.0",
+    ),
+    "gradient of the bias": ("operator", "d_bias * LN2", "d_bias"),
     "parts not weighed": ("decode", "parts * shares[:, None]", "parts"),
     "share too short": ("decode", "tl.minimum(start + (split + 1)", "tl.minimum(start + split"),
     "first query": ("decode", "(head % GROUP) * length_q + query\n", "(head % GROUP) * length_q\n"),
@@ -91,16 +99,26 @@ def guarded(batch: int, heads: int, length: int) -> Tensor:
 
 
 def results(operator: ModuleType, plan: BlockPlan, last: BlockPlan, *, with_mass: bool) -> list[Tensor]:
-    """Output, log-sum-exp and gradients of a prefill, and output and log-sum-exp of its last rows decoded."""
+    """Output, log-sum-exp and gradients of a prefill, and output and log-sum-exp of its last rows decoded.
+
+    With a mass, the prefill has a bias by class and shares, too.
+    """
     torch.manual_seed(0)
     q, k, v = (guarded(2, heads, plan.keys).requires_grad_() for heads in (4, 2, 2))
     mass = torch.randn(2, plan.queries, dtype=torch.float64, requires_grad=True) if with_mass else None
-    out, lse = operator.masked_attention(q, k, v, plan, scale=0.3, mass=mass)
-    inputs = [x for x in (q, k, v, mass) if x is not None]
-    gradients = torch.autograd.grad([out, lse], inputs, [torch.randn_like(out), torch.randn_like(lse)])
+    bias, classes = None, None
+    if with_mass:
+        bias = torch.randn(2, 4, plan.queries, 8, dtype=torch.float64, requires_grad=True)
+        classes = torch.randint(0, 3, (2, plan.keys))
+    outputs = operator.masked_attention(q, k, v, plan, scale=0.3, mass=mass, bias=bias, classes=classes)
+    outputs = outputs if with_mass else outputs[:2]
+    inputs = [x for x in (q, k, v, mass, bias) if x is not None]
+    gradients = torch.autograd.grad(outputs, inputs, [torch.randn_like(x) for x in outputs])
     tail = [x.detach()[:, :, -last.queries :] if x is q else x.detach() for x in (q, k, v)]
     some = None if mass is None else mass.detach()[:, -last.queries :]
-    return [x.detach() for x in (out, lse, *gradients, *operator.masked_attention(*tail, last, scale=0.3, mass=some))]
+    return [
+        x.detach() for x in (*outputs, *gradients, *operator.masked_attention(*tail, last, scale=0.3, mass=some)[:2])
+    ]
 
 
 def agree(mine: list[Tensor], theirs: list[Tensor]) -> bool:

@@ -51,7 +51,7 @@ def draw(dtype: torch.dtype, head_dim: int = 64, *, queries: int = 130, heads: i
 
 def run(inputs: list[Tensor], seen: Tensor, by_force: Callable[..., Any], scale: float = 0.125) -> list[Tensor]:
     """Output and gradients."""
-    out, _ = masked_attention(*inputs, by_force(seen), scale=scale)
+    out, _, _ = masked_attention(*inputs, by_force(seen), scale=scale)
     return [out.detach(), *torch.autograd.grad(out, inputs, direction_of(out))]
 
 
@@ -152,7 +152,7 @@ def test_all_weight_on_the_mass_gives_zeros(by_force: Callable[..., Any]) -> Non
     q, k, v = draw(torch.float64)
     plan = by_force(random_mask(1, 130, 130))
     mass = torch.full((1, 130), 1e4, dtype=torch.float64, requires_grad=True)
-    out, lse = masked_attention(q, k, v, plan, scale=0.1, mass=mass)
+    out, lse, _ = masked_attention(q, k, v, plan, scale=0.1, mass=mass)
     assert torch.equal(out, torch.zeros_like(out))
     torch.testing.assert_close(lse, torch.full_like(lse, 1e4))
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(out.sum(), [q, k, v, mass]))
@@ -173,9 +173,10 @@ def test_torch_finds_no_fault_with_the_operator(by_force: Callable[..., Any]) ->
     seen = random_mask(1, 17, 17)
     inputs = [torch.randn(1, 2, 17, 16, requires_grad=True) for _ in range(3)]
     mass = torch.randn(1, 17, requires_grad=True)
+    bias, classes = torch.randn(1, 2, 17, 8, requires_grad=True), torch.randint(0, 3, (1, 17), dtype=torch.int32)
     plan = by_force(seen)
     sides = (arguments_of(plan.by_query, plan.words), arguments_of(plan.by_key, plan.words_t))
-    torch.library.opcheck(attention_forward, (*inputs, mass, *sides, 64, 64, 0.3))
+    torch.library.opcheck(attention_forward, (*inputs, mass, bias, classes, *sides, 64, 64, 0.3))
 
 
 def test_compiled_code_holds_the_operator_in_one_graph(by_force: Callable[..., Any]) -> None:

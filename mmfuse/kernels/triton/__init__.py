@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels.call import Call
+from mmfuse.kernels.classes import bias_by_query
 from mmfuse.kernels.plan import plan_blocks
 from mmfuse.kernels.visibility import Visibility
 
@@ -31,8 +32,20 @@ def triton_attention(
     """The backend `triton` of `attend`."""
     from mmfuse.kernels.triton.operator import masked_attention
 
-    out, _ = masked_attention(q, k, v, plan_blocks(visibility), scale=scale, mass=mass)
-    return out
+    return masked_attention(q, k, v, plan_blocks(visibility), scale=scale, mass=mass)[0]
+
+
+def triton_with_shares(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The output and the shares of the classes, summed in the kernels."""
+    from mmfuse.kernels.triton.operator import masked_attention
+
+    wide = torch.promote_types(q.dtype, torch.float32)
+    rows = None if bias is None else bias_by_query(bias.to(wide), visibility)
+    plan, classes = plan_blocks(visibility), visibility.keys.cls
+    out, _, shares = masked_attention(q, k, v, plan, scale=scale, mass=mass, bias=rows, classes=classes)
+    return out, shares[..., : len(visibility.names)].to(q.dtype)
 
 
 def refusal(visibility: Visibility, call: Call) -> str | None:

@@ -44,12 +44,15 @@ def decode_kernel(
     out = tl.zeros([R, W], ACC)
     peak = tl.full([R], float("-inf"), ACC)
     total = tl.zeros([R], ACC)
+    none = tl.zeros([R, 16], ACC)
     STEPS: tl.constexpr = BLOCK_K // C
     start, stop = _share(FULL_OFFSETS, sample, split, SPLITS)
     for i in range(start * STEPS, stop * STEPS):
         keys = tl.load(FULL_BLOCKS + i // STEPS) * BLOCK_K + (i % STEPS) * C + tl.arange(0, C)
-        out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, live[:, None],
-                                    scale, D, W, True, ACC, PRECISION)  # fmt: skip
+        out, total, peak, _ = add_keys(
+            out, total, peak, none, q, None, K, V, None, stride_ks, stride_vs, keys, length_k, live[:, None], scale,
+            D, W, True, ACC, PRECISION,
+        )  # fmt: skip
     start, stop = _share(PARTIAL_OFFSETS, sample, split, SPLITS)
     for i in range(start * STEPS, stop * STEPS):
         column = (i % STEPS) * C
@@ -58,8 +61,10 @@ def decode_kernel(
         word = tl.load(WORDS + row * (BLOCK_K // 64) + column // 64)
         bits = (word[:, None] >> (column % 64 + tl.arange(0, C))[None, :].to(tl.int64)) & 1
         seen = (bits != 0) & live[:, None]
-        out, total, peak = add_keys(out, total, peak, q, K, V, stride_ks, stride_vs, keys, length_k, seen, scale,
-                                    D, W, True, ACC, PRECISION)  # fmt: skip
+        out, total, peak, _ = add_keys(
+            out, total, peak, none, q, None, K, V, None, stride_ks, stride_vs, keys, length_k, seen, scale,
+            D, W, True, ACC, PRECISION,
+        )  # fmt: skip
     dead = total == 0.0
     total = tl.where(dead, 1.0, total)
     part = ((sample * tl.num_programs(1) + key_head) * SPLITS + split).to(tl.int64) * R + rows

@@ -58,6 +58,32 @@ def store_rows(X, rows, length, values, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
+def load_columns(X, rows, length, dtype: tl.constexpr):
+    """`[len(rows), 16]` of a matrix X of 8 columns in two parts, coarse and fine, whose sum 16 bits do not round."""
+    columns = tl.arange(0, 16)
+    pointers = X + rows[:, None].to(tl.int64) * 8 + columns[None, :] % 8
+    whole = tl.load(pointers, mask=rows[:, None] < length, other=0.0)
+    coarse = whole.to(dtype).to(whole.dtype)
+    return tl.where(columns[None, :] < 8, coarse, whole - coarse).to(dtype)
+
+
+@triton.jit
+def load_one_hot(CLASSES, rows, length, dtype: tl.constexpr):
+    """`[len(rows), 16]`: the one-hot class of each row twice; nothing from row `length` on."""
+    classes = tl.load(CLASSES + rows, mask=rows < length, other=-1)
+    # The interpreter would write an integer where a bool becomes a bfloat16.
+    return tl.where(classes[:, None] == tl.arange(0, 16)[None, :] % 8, 1.0, 0.0).to(tl.float32).to(dtype)
+
+
+@triton.jit
+def store_columns(X, rows, length, values):
+    """Write the first 8 columns of `values [len(rows), 16]`."""
+    columns = tl.arange(0, 16)
+    pointers = X + rows[:, None].to(tl.int64) * 8 + columns[None, :]
+    tl.store(pointers, values, mask=(rows[:, None] < length) & (columns[None, :] < 8))
+
+
+@triton.jit
 def seen_bits(WORDS, tile, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
               R: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """bool `[R, C]`: the part of a ROWS × COLUMNS bit tile from (first_row, first_column) on; C is at most 64."""
