@@ -56,7 +56,9 @@ MUTANTS = {
     "sign of the log-sum-exp": ("backward", "delta -= tl.load(D_LSE", "delta += tl.load(D_LSE"),
     "gradient of the mass": ("operator", "delta.transpose(0, 1)).sum(0)", "delta.transpose(0, 1)).mean(0)"),
     "shares not faded": ("forward", "shares * fade[:, None]", "shares"),
-    "bias of another class": ("primitives", "tl.arange(0, 16)[None, :] % 8, 1.0", "(tl.arange(0, 16)[None, :] + 1) % 8, 1.0"),
+    "bias of another class": (
+        "primitives", "tl.arange(0, 16)[None, :] % 8, 1.0", "(tl.arange(0, 16)[None, :] + 1) % 8, 1.0",
+    ),
     "gradient of the shares' rows": ("backward", "delta += tl.sum(shares * d_shares, 1)", "delta += 0.0"),
     "no bias in dk": ("backward", "scores = dot_onto(one_hot, tl.trans(bias), scores, PRECISION)", "scores += 0.0"),
     "shares not in dv's weights": (
@@ -136,8 +138,8 @@ class Original(NamedTuple):
 
 @pytest.fixture(scope="module")
 def original(by_force: Callable[..., BlockPlan]) -> Original:
-    seen = torch.rand(2, 190, 190, generator=torch.Generator().manual_seed(0)) < 0.5
-    seen[:, :128, :128], seen[:, 150] = True, False
+    seen = torch.rand(2, 230, 230, generator=torch.Generator().manual_seed(0)) < 0.5
+    seen[:, :128, :128], seen[:, 200] = True, False
     plan, last = by_force(seen, 128, 128), by_force(seen[:, -5:], 128, 128)
     operator = importlib.import_module("mmfuse.kernels.triton.operator")
     return Original(plan, last, *(results(operator, plan, last, with_mass=with_mass) for with_mass in (False, True)))
