@@ -4,7 +4,8 @@
     python tests/kernels/aot_report.py budget
 
 Runs as a program of its own: a process that interprets kernels cannot compile them, and this variable tells them apart.
-A case is kernel:head_dim[:dtype[:ROWSxCOLUMNSwWARPS]]; without the last the launch table decides.
+A case is kernel:head_dim[:dtype[:ROWSxCOLUMNSwWARPS]]; without the last the launch table decides. A kernel with a plus
+behind its name, as forward+, has a bias and shares by class.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Case:
     head_dim: int
     dtype: str = "bf16"
     launch: Launch | None = None
+    with_classes: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -61,15 +63,17 @@ class Case:
         if len(rest) == 2:
             rows, columns, warps = map(int, re.split("[xw]", rest[1]))
             launch = Launch(rows, columns, warps, 2)
-        return cls(kernel, int(head_dim), rest[0] if rest else "bf16", launch)
+        return cls(kernel.removesuffix("+"), int(head_dim), rest[0] if rest else "bf16", launch, kernel.endswith("+"))
 
 
 def constants(case: Case, launch: Launch) -> dict[str, Any]:
     every = {
         "GROUP": 4, "D": case.head_dim, "W": padded(case.head_dim), "BLOCK_Q": BLOCK, "BLOCK_K": BLOCK,
         "R": launch.rows, "C": launch.columns, "SPLITS": 8, "ACC": tl.float32, "PRECISION": "tf32",
-        "MASS": None, "D_LSE": None, "BIAS": None, "CLASSES": None, "D_SHARES": None,
+        "MASS": None, "D_LSE": None,
     }  # fmt: skip
+    if not case.with_classes:
+        every |= {"BIAS": None, "CLASSES": None, "D_SHARES": None}
     names = KERNELS[case.kernel].arg_names
     return {name: value for name, value in every.items() if name in names}
 
@@ -159,7 +163,7 @@ def report(architecture: str, case: Case) -> dict[str, Any]:
     target = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
     kernel = compiled(case, launch, target)
     facts = nvidia_facts(kernel) if nvidia else amd_facts(kernel)
-    name = f"{architecture} {case.kernel} {case.head_dim} {case.dtype}"
+    name = f"{architecture} {case.kernel}{'+' * case.with_classes} {case.head_dim} {case.dtype}"
     return {"name": name, "launch": list(launch), "shared": kernel.metadata.shared, **facts}
 
 
