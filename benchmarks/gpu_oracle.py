@@ -36,11 +36,11 @@ LONGEST_TRUTH = 2048
 
 
 def on_device(visibility: Visibility, device: str) -> Visibility:
-    sides = [
+    queries, keys = (
         Axis(**{f.name: getattr(side, f.name).to(device) for f in fields(side)})
         for side in (visibility.queries, visibility.keys)
-    ]
-    return Visibility(*sides, visibility.rules, visibility.names, visibility.window)
+    )
+    return Visibility(queries, keys, visibility.rules, visibility.names, visibility.window)
 
 
 def draw(visibility: Visibility, width: int, dtype: torch.dtype, device: str, heads: tuple[int, int]) -> list[Tensor]:
