@@ -1,6 +1,6 @@
 """Masked attention: visibility rules and the backends that run them."""
 
-from mmfuse.kernels.attention import attend
+from mmfuse.kernels.attention import attend, check_backend
 from mmfuse.kernels.call import BackendError, Call
 from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
 from mmfuse.kernels.plan import BlockPlan, plan_blocks
@@ -18,6 +18,7 @@ __all__ = [
     "Rules",
     "Visibility",
     "attend",
+    "check_backend",
     "choose",
     "plan_blocks",
     "rectangle_cover",

@@ -18,7 +18,7 @@ from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
 from mmfuse.kernels.reference import attention_weights
 from mmfuse.kernels.visibility import Visibility
 
-__all__ = ["attend", "attention_weights"]
+__all__ = ["attend", "attention_weights", "check_backend"]
 
 
 def attend(
@@ -55,11 +55,16 @@ def attend(
     _check(q, k, v, visibility, mass)
     call = Call.of(q, k, v, mass)
     name = choose(visibility, call).backend if backend == "auto" else backend
-    reason = BACKENDS[name].refusal(visibility, call)
+    check_backend(name, visibility, call)
+    return BACKENDS[name].run(q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale, mass)
+
+
+def check_backend(name: str, visibility: Visibility, call: Call) -> None:
+    """Raise `BackendError` if the backend cannot run the call, with the reason and the names of those that can."""
+    reason = None if name == "auto" else BACKENDS[name].refusal(visibility, call)
     if reason is not None:
         able = [other for other, candidate in BACKENDS.items() if candidate.refusal(visibility, call) is None]
         raise BackendError(f"attention backend {name!r} refuses: {reason}. Backends that can: {', '.join(able)}")
-    return BACKENDS[name].run(q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale, mass)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, mass: Tensor | None) -> None:

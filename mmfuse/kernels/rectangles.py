@@ -219,7 +219,7 @@ class _Pairs:
         return self._known[condition]
 
     def visible(self, causal: bool | None = None) -> tuple[Array, Array]:
-        """Where all pairs of tokens are visible, and where some may be; were CAUSAL to hold or to fail, if it is given."""
+        """Where all pairs of tokens are visible, and where some may be; `causal` says that CAUSAL held, or failed."""
         visibility = self._visibility
         every, some = np.zeros_like(self._same), np.zeros_like(self._same)
         for conjunction, pairs in visibility.pairs_by_conjunction().items():
