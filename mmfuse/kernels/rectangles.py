@@ -76,6 +76,8 @@ def rectangle_cover(visibility: Visibility) -> Cover:
 
 
 def _cover(visibility: Visibility) -> Cover:
+    if any(Condition.WINDOW_2D in conjunction for conjunction in visibility.pairs_by_conjunction()):
+        return Cover(problem="a window over a grid cuts it into single tokens")
     starts_q, starts_k = _aligned_starts(visibility)
     longest = max(int(starts_q.sum(1).max()), int(starts_k.sum(1).max())) if starts_q.size else 0
     if longest > _MAX_RUNS:
@@ -211,7 +213,8 @@ class _Pairs:
     def _holds(self, condition: Condition) -> tuple[Array, Array]:
         """Where the condition holds for all pairs of tokens, and where it may hold for some."""
         if condition not in self._known:
-            low, high = self._bounds(*COMPARED[condition])
+            (each,) = COMPARED[condition]
+            low, high = self._bounds(each.mine, each.theirs)
             if condition is Condition.CAUSAL:
                 self._known[condition] = low >= 0, high >= 0
             else:
