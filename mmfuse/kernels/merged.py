@@ -135,7 +135,10 @@ def _backward(
             part.causal,
             scale=scale,
         )
-        sums = [_added(*it, part, side) for *it, side in zip(sums, parts, (q, k, v), (0, 1, 1), strict=True)]
+        sums = [
+            _added(total, new, x, part, side)
+            for total, new, x, side in zip(sums, parts, (q, k, v), (0, 1, 1), strict=True)
+        ]
     dq, dk, dv = (
         torch.zeros_like(x) if total is None else total.to(x.dtype) for total, x in zip(sums, (q, k, v), strict=True)
     )

@@ -104,7 +104,7 @@ def _cover(visibility: Visibility) -> Cover:
 
 
 def _array(axis: Axis, name: str) -> Array:
-    return getattr(axis, name).numpy(force=True)  # type: ignore[no-any-return]
+    return getattr(axis, name).numpy(force=True)
 
 
 def _aligned_starts(visibility: Visibility) -> tuple[Array, Array]:
