@@ -1,6 +1,6 @@
 """Masked attention: visibility rules and the backends that run them."""
 
-from mmfuse.kernels.attention import attend, attend_with_shares, attention_statistics
+from mmfuse.kernels.attention import attend, attend_with_shares, attention_statistics, check_backend
 from mmfuse.kernels.call import BackendError, Call
 from mmfuse.kernels.classes import Statistics
 from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
@@ -22,6 +22,7 @@ __all__ = [
     "attend",
     "attend_with_shares",
     "attention_statistics",
+    "check_backend",
     "choose",
     "plan_blocks",
     "rectangle_cover",

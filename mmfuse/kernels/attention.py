@@ -24,7 +24,7 @@ from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
 from mmfuse.kernels.reference import attention_weights
 from mmfuse.kernels.visibility import Visibility
 
-__all__ = ["attend", "attend_with_shares", "attention_statistics", "attention_weights"]
+__all__ = ["attend", "attend_with_shares", "attention_statistics", "attention_weights", "check_backend"]
 
 
 def attend(
@@ -161,11 +161,16 @@ def attention_statistics(
 def _able(backend: str, visibility: Visibility, call: Call) -> str:
     """The backend to run: the one asked for if it can, or what `auto` stands for."""
     name = choose(visibility, call).backend if backend == "auto" else backend
-    reason = BACKENDS[name].refusal(visibility, call)
+    check_backend(name, visibility, call)
+    return name
+
+
+def check_backend(name: str, visibility: Visibility, call: Call) -> None:
+    """Raise `BackendError` if the backend cannot run the call, with the reason and the names of those that can."""
+    reason = None if name == "auto" else BACKENDS[name].refusal(visibility, call)
     if reason is not None:
         able = [other for other, candidate in BACKENDS.items() if candidate.refusal(visibility, call) is None]
         raise BackendError(f"attention backend {name!r} refuses: {reason}. Backends that can: {', '.join(able)}")
-    return name
 
 
 def _check(

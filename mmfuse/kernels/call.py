@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmfuse.errors import RunError
 
-class BackendError(NotImplementedError):
+
+class BackendError(RunError, NotImplementedError):
     """A backend was asked for what it cannot compute; the message gives the reason and the backends that can."""
 
 

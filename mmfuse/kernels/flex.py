@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 from mmfuse.kernels.call import Call
 from mmfuse.kernels.plan import BlockPlan, TileLists, owner_of, plan_blocks
-from mmfuse.kernels.visibility import COMPARED, Condition, Visibility
+from mmfuse.kernels.visibility import Visibility, comparisons
 
 #: FlexAttention's own default.
 BLOCK = 128
@@ -100,8 +100,8 @@ def mask_mod(visibility: Visibility) -> MaskMod:
         table = torch.zeros(count, count, dtype=torch.bool)
         for pair in pairs:
             table[pair] = True
-        compared = [(condition, *names) for condition, names in COMPARED.items() if condition in conjunction]
-        sides = [(c, getattr(queries, mine), getattr(keys, theirs)) for c, mine, theirs in compared]
+        compared = comparisons(conjunction)
+        sides = [(each, getattr(queries, each.mine), getattr(keys, each.theirs)) for each in compared]
         terms.append((table.to(queries.document.device), sides))
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -110,9 +110,8 @@ def mask_mod(visibility: Visibility) -> MaskMod:
         seen = same & ~same
         for table, sides in terms:
             held = table[queries.cls[b, q], keys.cls[b, k]]
-            for condition, mine, theirs in sides:
-                left, right = mine[b, q], theirs[b, k]
-                held = held & (left >= right if condition is Condition.CAUSAL else left == right)
+            for each, mine, theirs in sides:
+                held = held & each(mine[b, q], theirs[b, k])
             seen = seen | held
         if window is not None:
             same = same & ((queries.slot[b, q] - keys.slot[b, k]).abs() < window)

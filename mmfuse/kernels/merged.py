@@ -81,18 +81,24 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cover: tuple[Rectangle, ...], scal
     """Output `[B, H, Sq, D]` and lse `[B, H, Sq]`, both in at least float32."""
     wide = torch.promote_types(q.dtype, torch.float32)
     batch, heads, length, width = q.shape
-    # Laid out as [B, Sq, H, D], like the fused kernels' own.
-    out = q.new_zeros(batch, length, heads, width, dtype=wide).transpose(1, 2)
-    lse = q.new_full((batch, length, heads), -torch.inf, dtype=wide).transpose(1, 2)
-    seen = [0] * batch
+    whole = next((part for part in cover if _part(q, part, 0).shape == q.shape), None)
+    if whole is not None:
+        # Its output is where the others are merged into: there is nothing to clear and to copy.
+        out, lse = _attention(q, k, v, whole, scale)
+        out, seen = out.to(wide), [length] * batch
+    else:
+        # Laid out as [B, Sq, H, D], like the fused kernels' own.
+        out = q.new_zeros(batch, length, heads, width, dtype=wide).transpose(1, 2)
+        lse = q.new_full((batch, length, heads), -torch.inf, dtype=wide).transpose(1, 2)
+        seen = [0] * batch
     for part in cover:
+        if part is whole:
+            continue
         # Rectangles come from top to bottom, so rows below all earlier ones have nothing to merge with.
         fresh = all(part.query >= seen[b] for b in range(part.sample, part.sample_stop))
         for b in range(part.sample, part.sample_stop):
             seen[b] = max(seen[b], part.query_stop)
-        new, new_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _part(q, part, 0), _part(k, part, 1), _part(v, part, 1), 0.0, part.causal, scale=scale
-        )
+        new, new_lse = _attention(q, k, v, part, scale)
         here, here_lse = _part(out, part, 0), lse[part.sample : part.sample_stop, :, part.query : part.query_stop]
         if fresh:
             here.copy_(new)
@@ -103,14 +109,22 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cover: tuple[Rectangle, ...], scal
     return out, lse
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, part: Rectangle, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and lse of one rectangle alone."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _part(q, part, 0), _part(k, part, 1), _part(v, part, 1), 0.0, part.causal, scale=scale
+    )
+    return out, lse
+
+
 def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cover: tuple[Rectangle, ...], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, in their dtype; sums are kept in at least float32."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros_like(x, dtype=wide) for x in (q, k, v))
-    for part in cover:
-        to_q, to_k, to_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    sums: list[Tensor | None] = [None, None, None]
+    # The largest first: where it is the whole of a side, the others are added to what it gives.
+    for part in sorted(cover, key=lambda part: part.pairs, reverse=True):
+        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _part(grad, part, 0),
             _part(q, part, 0),
             _part(k, part, 1),
@@ -121,7 +135,21 @@ def _backward(
             part.causal,
             scale=scale,
         )
-        _part(dq, part, 0).add_(to_q)
-        _part(dk, part, 1).add_(to_k)
-        _part(dv, part, 1).add_(to_v)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+        sums = [
+            _added(total, new, x, part, side)
+            for total, new, x, side in zip(sums, parts, (q, k, v), (0, 1, 1), strict=True)
+        ]
+    dq, dk, dv = (
+        torch.zeros_like(x) if total is None else total.to(x.dtype) for total, x in zip(sums, (q, k, v), strict=True)
+    )
+    return dq, dk, dv
+
+
+def _added(total: Tensor | None, new: Tensor, x: Tensor, part: Rectangle, side: int) -> Tensor:
+    """The sum of gradients of `x`, with those of one part of it."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if total is None and new.shape == x.shape:
+        return new.to(wide)
+    total = torch.zeros_like(x, dtype=wide) if total is None else total
+    _part(total, part, side).add_(new)
+    return total

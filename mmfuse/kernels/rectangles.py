@@ -19,15 +19,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from mmfuse.kernels.tiles import EMPTY, FULL, UNKNOWN, Blocks, classify, compared_fields
-from mmfuse.kernels.visibility import Axis, Condition, Visibility
+from mmfuse.kernels.tiles import EMPTY, FULL, UNKNOWN, compared_fields
+from mmfuse.kernels.visibility import COMPARED, Axis, Condition, Visibility
 
 CAUSAL = 3
+
+Array = NDArray[Any]
 
 #: Covers of more rectangles than this are not made: calls would cost more than they save.
 MAX_RECTANGLES = 1024
@@ -74,19 +76,22 @@ def rectangle_cover(visibility: Visibility) -> Cover:
 
 
 def _cover(visibility: Visibility) -> Cover:
-    starts_q, starts_k = _aligned_runs(visibility)
-    longest = max(int(starts_q.sum(1).max()), int(starts_k.sum(1).max())) if starts_q.numel() else 0
+    if any(Condition.WINDOW_2D in conjunction for conjunction in visibility.pairs_by_conjunction()):
+        return Cover(problem="a window over a grid cuts it into single tokens")
+    starts_q, starts_k = _aligned_starts(visibility)
+    longest = max(int(starts_q.sum(1).max()), int(starts_k.sum(1).max())) if starts_q.size else 0
     if longest > _MAX_RUNS:
         return Cover(
             problem=f"a sample has {longest} runs of tokens, and more than {_MAX_RUNS} make too many rectangles"
         )
-    (queries, edges_q), (keys, edges_k) = _runs(visibility, True, starts_q), _runs(visibility, False, starts_k)
-    state = _classify_runs(visibility, queries, keys)
-    if bool((state == UNKNOWN).any()):
+    mine, theirs = compared_fields(visibility)
+    queries, keys = _Runs.of(visibility.queries, mine, starts_q), _Runs.of(visibility.keys, theirs, starts_k)
+    state = _classify(visibility, queries, keys)
+    if (state == UNKNOWN).any():
         return Cover(problem="some of its parts are neither full, nor empty, nor causal (a window or SELF cuts them)")
     found: dict[tuple[int, int, int, int, bool], list[int]] = defaultdict(list)
     for sample, grid in enumerate(state.tolist()):
-        for rectangle in _join(grid, edges_q[sample], edges_k[sample]):
+        for rectangle in _join(grid, queries.edges[sample], keys.edges[sample]):
             found[rectangle].append(sample)
     rectangles = [Rectangle(start, stop, *where) for where, samples in found.items() for start, stop in _spans(samples)]
     if len(rectangles) > MAX_RECTANGLES:
@@ -94,10 +99,15 @@ def _cover(visibility: Visibility) -> Cover:
     return Cover(tuple(sorted(rectangles)))
 
 
-# Runs
+# Runs. They are few and their arrays small, where a call of NumPy costs a fraction of one of torch: a cover that is not
+# used, because a dense mask is cheaper, must cost next to nothing.
 
 
-def _aligned_runs(visibility: Visibility) -> tuple[Tensor, Tensor]:
+def _array(axis: Axis, name: str) -> Array:
+    return getattr(axis, name).numpy(force=True)
+
+
+def _aligned_starts(visibility: Visibility) -> tuple[Array, Array]:
     """bool `[B, Sq]` and `[B, Sk]`: where runs start; where one begins among queries, one does among keys too."""
     mine, theirs = compared_fields(visibility)
     queries, keys = visibility.queries, visibility.keys
@@ -107,21 +117,22 @@ def _aligned_runs(visibility: Visibility) -> tuple[Tensor, Tensor]:
     starts_k = _starts(keys, theirs | {"document", "cls"})
     if "rank" not in mine:
         return starts_q, starts_k
-    edges_q, edges_k = _edges(queries, starts_q), _edges(keys, starts_k)
+    slots_q, slots_k = _array(queries, "slot"), _array(keys, "slot")
+    edges_q, edges_k = _edge_slots(slots_q, starts_q), _edge_slots(slots_k, starts_k)
     for b in range(len(starts_q)):
-        starts_q[b] |= torch.isin(queries.slot[b], edges_k[b])
-        starts_k[b] |= torch.isin(keys.slot[b], edges_q[b])
+        starts_q[b] |= np.isin(slots_q[b], edges_k[b])
+        starts_k[b] |= np.isin(slots_k[b], edges_q[b])
     return starts_q, starts_k
 
 
-def _starts(axis: Axis, fields: set[str]) -> Tensor:
-    start = torch.ones(axis.document.shape, dtype=torch.bool, device=axis.document.device)
-    hard = torch.zeros_like(start[:, 1:])
+def _starts(axis: Axis, fields: set[str]) -> Array:
+    start = np.ones(tuple(axis.document.shape), dtype=bool)
+    hard = np.zeros_like(start[:, 1:])
     for name in sorted(fields - {"rank", "slot"}):
-        values = getattr(axis, name)
+        values = _array(axis, name)
         hard |= values[:, 1:] != values[:, :-1]
     if "rank" in fields:
-        step = axis.rank.diff(dim=1)
+        step = np.diff(_array(axis, "rank"), axis=1)
         hard |= (step != 0) & (step != 1)
         # A run goes on as it began: the step behind its first token is the step of all.
         hard[:, 1:] |= (step[:, 1:] != step[:, :-1]) & ~hard[:, :-1]
@@ -129,68 +140,124 @@ def _starts(axis: Axis, fields: set[str]) -> Tensor:
     return start
 
 
-def _edges(axis: Axis, starts: Tensor) -> list[Tensor]:
+def _edge_slots(slots: Array, starts: Array) -> list[Array]:
     """For each sample the slots at which runs begin, and those behind their ends."""
-    stops = torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], dim=1)
-    return [torch.cat([s[a], s[e] + 1]) for s, a, e in zip(axis.slot, starts, stops, strict=True)]
+    stops = np.concatenate([starts[:, 1:], np.ones_like(starts[:, :1])], axis=1)
+    return [np.concatenate([s[a], s[e] + 1]) for s, a, e in zip(slots, starts, stops, strict=True)]
 
 
-def _runs(visibility: Visibility, of_queries: bool, starts: Tensor) -> tuple[Blocks, list[list[int]]]:
-    """The runs as blocks of one class each, and where they begin and the last one ends, for each sample."""
-    axis = visibility.queries if of_queries else visibility.keys
-    used = compared_fields(visibility)[0 if of_queries else 1] | {"document"}
-    samples, count = starts.shape
-    edges = [[*row.nonzero().flatten().tolist(), count] for row in starts]
-    most = max((len(row) for row in edges), default=1) - 1
-    first = torch.tensor([row[:-1] + [-1] * (most + 1 - len(row)) for row in edges], device=starts.device)
-    last = torch.tensor(
-        [[i - 1 for i in row[1:]] + [-1] * (most + 1 - len(row)) for row in edges], device=starts.device
-    )
-    at_first, at_last = axis.gather(first.reshape(samples, most)), axis.gather(last.reshape(samples, most))
-    classes = torch.arange(len(visibility.names), device=starts.device)[:, None, None]
-    live = at_first.document >= 0
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of one axis: arrays `[B, n]`, filled up with runs of padding.
 
-    def values(side: Axis, name: str) -> Tensor:
-        return getattr(side, name).int().expand(len(classes), samples, most)
+    Attributes:
+        edges: for each sample where its runs begin, and where the last one ends.
+        low: the smallest value of each compared field in a run; `high` the largest.
+        live: whether the run is no padding.
+        cls: its class.
+        length: its tokens.
+        rank: of its first token.
+        rises: whether ranks count up by one from there.
+    """
 
-    blocks = Blocks(
-        fields={
-            "rank": at_first.rank,
-            "step": at_last.rank - at_first.rank,
-            "length": (last - first + 1).view_as(live),
-        },
-        low={name: torch.minimum(values(at_first, name), values(at_last, name)) for name in used},
-        high={name: torch.maximum(values(at_first, name), values(at_last, name)) for name in used},
-        present=live & (at_first.cls == classes),
-        whole=live,
-    )
-    return blocks, edges
+    edges: list[list[int]]
+    low: dict[str, Array]
+    high: dict[str, Array]
+    live: Array
+    cls: Array
+    length: Array
+    rank: Array
+    rises: Array
+
+    @staticmethod
+    def of(axis: Axis, compared: set[str], starts: Array) -> _Runs:
+        count = starts.shape[1]
+        edges = [[*row.nonzero()[0].tolist(), count] for row in starts]
+        most = max((len(row) for row in edges), default=1) - 1
+        first = np.array([row[:-1] + [-1] * (most + 1 - len(row)) for row in edges], dtype=np.int64)
+        last = np.array([[i - 1 for i in row[1:]] + [-1] * (most + 1 - len(row)) for row in edges], dtype=np.int64)
+        first, last = first.reshape(len(edges), most), last.reshape(len(edges), most)
+        absent = first < 0
+
+        def at(name: str, where: Array) -> Array:
+            return np.take_along_axis(_array(axis, name), np.where(absent, 0, where), axis=1)
+
+        ends = {name: (at(name, first), at(name, last)) for name in compared | {"document", "rank"}}
+        length = last - first + 1
+        return _Runs(
+            edges,
+            low={name: np.minimum(*pair) for name, pair in ends.items()},
+            high={name: np.maximum(*pair) for name, pair in ends.items()},
+            live=(ends["document"][0] >= 0) & ~absent,
+            cls=at("cls", first),
+            length=length,
+            rank=ends["rank"][0],
+            rises=ends["rank"][1] - ends["rank"][0] + 1 == length,
+        )
 
 
-def _classify_runs(visibility: Visibility, queries: Blocks, keys: Blocks) -> Tensor:
-    """uint8 `[B, nq, nk]` of EMPTY, FULL, CAUSAL and, if it is none of them for sure, UNKNOWN."""
-    state = classify(visibility, queries, keys)
-    if not bool((state == UNKNOWN).any()):
+class _Pairs:
+    """Runs of queries against runs of keys: what three-valued logic says of each pair, `[B, nq, nk]`."""
+
+    def __init__(self, visibility: Visibility, queries: _Runs, keys: _Runs) -> None:
+        self._visibility, self._queries, self._keys = visibility, queries, keys
+        self._known: dict[Condition, tuple[Array, Array]] = {}
+        same = queries.low["document"][:, :, None] == keys.low["document"][:, None]
+        self._same = same & (queries.live[:, :, None] & keys.live[:, None])
+
+    def _bounds(self, mine: str, theirs: str) -> tuple[Array, Array]:
+        """The smallest and the largest difference between the field of a query and that of a key."""
+        low = self._queries.low[mine][:, :, None] - self._keys.high[theirs][:, None]
+        return low, self._queries.high[mine][:, :, None] - self._keys.low[theirs][:, None]
+
+    def _holds(self, condition: Condition) -> tuple[Array, Array]:
+        """Where the condition holds for all pairs of tokens, and where it may hold for some."""
+        if condition not in self._known:
+            (each,) = COMPARED[condition]
+            low, high = self._bounds(each.mine, each.theirs)
+            if condition is Condition.CAUSAL:
+                self._known[condition] = low >= 0, high >= 0
+            else:
+                self._known[condition] = (low == 0) & (high == 0), (low <= 0) & (high >= 0)
+        return self._known[condition]
+
+    def visible(self, causal: bool | None = None) -> tuple[Array, Array]:
+        """Where all pairs of tokens are visible, and where some may be; `causal` says that CAUSAL held, or failed."""
+        visibility = self._visibility
+        every, some = np.zeros_like(self._same), np.zeros_like(self._same)
+        for conjunction, pairs in visibility.pairs_by_conjunction().items():
+            if causal is False and Condition.CAUSAL in conjunction:
+                continue
+            table = np.zeros((len(visibility.names), len(visibility.names)), dtype=bool)
+            table[tuple(np.array(pairs).T)] = True
+            always = table[self._queries.cls[:, :, None], self._keys.cls[:, None]]
+            maybe = always
+            for condition in COMPARED:
+                if condition in conjunction and not (causal and condition is Condition.CAUSAL):
+                    holds, may_hold = self._holds(condition)
+                    always, maybe = always & holds, maybe & may_hold
+            every, some = every | always, some | maybe
+        every, some = every & self._same, some & self._same
+        if visibility.window is not None:
+            low, high = self._bounds("slot", "slot")
+            every &= (low > -visibility.window) & (high < visibility.window)
+            some &= (low < visibility.window) & (high > -visibility.window)
+        return every, some
+
+
+def _classify(visibility: Visibility, queries: _Runs, keys: _Runs) -> Array:
+    """`[B, nq, nk]` of EMPTY, FULL, CAUSAL and, if it is none of them for sure, UNKNOWN."""
+    pairs = _Pairs(visibility, queries, keys)
+    every, some = pairs.visible()
+    state = np.where(every, FULL, np.where(some, UNKNOWN, EMPTY))
+    if not (state == UNKNOWN).any():
         return state
     # If a pair of runs were wholly visible were CAUSAL to hold, and not at all were it to fail, then it is causal.
-    without = {
-        pair: [Condition(int(term) & ~int(Condition.CAUSAL)) for term in terms]
-        for pair, terms in visibility.rules.items()
-    }
-    lacking = {
-        pair: [term for term in terms if Condition.CAUSAL not in term] for pair, terms in visibility.rules.items()
-    }
-    if_held, if_failed = (
-        classify(Visibility(visibility.queries, visibility.keys, rules, visibility.names, visibility.window), *sides)
-        for rules, sides in ((without, (queries, keys)), (lacking, (queries, keys)))
-    )
-    length, rank, step = ("length", "rank", "step")
-    square = queries.fields[length][:, :, None] == keys.fields[length][:, None]
-    square &= queries.fields[rank][:, :, None] == keys.fields[rank][:, None]
-    rising = [side.fields[step] + 1 == side.fields[length] for side in (queries, keys)]
-    square &= rising[0][:, :, None] & rising[1][:, None]
-    causal = (state == UNKNOWN) & square & (if_held == FULL) & (if_failed == EMPTY)
-    return state.masked_fill(causal, CAUSAL)
+    square = queries.length[:, :, None] == keys.length[:, None]
+    square &= queries.rank[:, :, None] == keys.rank[:, None]
+    square &= queries.rises[:, :, None] & keys.rises[:, None]
+    causal = square & pairs.visible(causal=True)[0] & ~pairs.visible(causal=False)[1]
+    return np.where((state == UNKNOWN) & causal, CAUSAL, state)
 
 
 # Joining

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfuse.kernels.visibility import COMPARED, Axis, Condition, Visibility
+from mmfuse.kernels.visibility import AT_LEAST, AT_MOST, EQUAL, Axis, Comparison, Visibility, comparisons
 
 EMPTY, FULL, UNKNOWN = range(3)
 
@@ -76,9 +76,9 @@ class Blocks:
 
 def compared_fields(visibility: Visibility) -> tuple[set[str], set[str]]:
     """The fields of queries and those of keys that the rules and the window compare, `document` and `cls` aside."""
-    used = [c for conjunction in visibility.pairs_by_conjunction() for c in COMPARED if c in conjunction]
+    used = [each for conjunction in visibility.pairs_by_conjunction() for each in comparisons(conjunction)]
     window = {"slot"} if visibility.window is not None else set()
-    return {COMPARED[c][0] for c in used} | window, {COMPARED[c][1] for c in used} | window
+    return {each.mine for each in used} | window, {each.theirs for each in used} | window
 
 
 def cut(visibility: Visibility, block_q: int, block_k: int) -> tuple[Blocks, Blocks]:
@@ -90,11 +90,11 @@ def cut(visibility: Visibility, block_q: int, block_k: int) -> tuple[Blocks, Blo
 
 
 class _Intervals:
-    """Query blocks of one class against key blocks of one class: for each condition (always, never), `[B, nq, nk]`."""
+    """Query blocks of one class against key blocks of one class: for each comparison (always, never), `[B, nq, nk]`."""
 
     def __init__(self, queries: Blocks, keys: Blocks, rows: slice, pair: tuple[int, int]) -> None:
         self._queries, self._keys, self._rows, self._pair = queries, keys, rows, pair
-        self._known: dict[tuple[Condition, str, str], tuple[Tensor, Tensor]] = {}
+        self._known: dict[Comparison, tuple[Tensor, Tensor]] = {}
 
     def here(self) -> Tensor:
         """Which block pairs have tokens of both classes."""
@@ -107,16 +107,17 @@ class _Intervals:
         low, high = self._queries.low[mine][q][:, self._rows, None], self._queries.high[mine][q][:, self._rows, None]
         return low - self._keys.high[theirs][k][:, None], high - self._keys.low[theirs][k][:, None]
 
-    def holds(self, condition: Condition, mine: str, theirs: str) -> tuple[Tensor, Tensor]:
-        name = (condition, mine, theirs)
-        if name not in self._known:
-            low, high = self._bounds(mine, theirs)
-            if condition is Condition.CAUSAL:
-                self._known[name] = low >= 0, high < 0
+    def holds(self, each: Comparison) -> tuple[Tensor, Tensor]:
+        if each not in self._known:
+            low, high = self._bounds(each.mine, each.theirs)
+            if each.relation == AT_LEAST:
+                self._known[each] = low >= 0, high < 0
+            elif each.relation == AT_MOST:
+                self._known[each] = high <= 0, low > 0
             else:
                 # Equal for sure only where all values are one: then no difference is possible at all.
-                self._known[name] = (low == 0) & (high == 0), (low > 0) | (high < 0)
-        return self._known[name]
+                self._known[each] = (low == 0) & (high == 0), (low > 0) | (high < 0)
+        return self._known[each]
 
     def within(self, window: int) -> tuple[Tensor, Tensor]:
         low, high = self._bounds("slot", "slot")
@@ -146,12 +147,11 @@ def _classify_rows(visibility: Visibility, queries: Blocks, keys: Blocks, rows: 
         yes, no = torch.zeros_like(here), torch.ones_like(here)
         for conjunction in set(visibility.rules.get(pair, ())):
             held, failed = torch.ones_like(here), torch.zeros_like(here)
-            for condition, (mine, theirs) in COMPARED.items():
-                if condition in conjunction:
-                    true, false = between.holds(condition, mine, theirs)
-                    held, failed = held & true, failed | false
+            for each in comparisons(conjunction):
+                true, false = between.holds(each)
+                held, failed = held & true, failed | false
             yes, no = yes | held, no & failed
-        true, false = between.holds(Condition.SELF, "document", "document")
+        true, false = between.holds(Comparison("document", EQUAL, "document"))
         yes, no = yes & true, no | false
         if visibility.window is not None:
             true, false = between.within(visibility.window)
@@ -172,10 +172,8 @@ def evaluate(visibility: Visibility, query: Mapping[str, Tensor], key: Mapping[s
         sets = [sum({1 << k for q, k in pairs if q == c}) for c in range(len(visibility.names))]
         shown = torch.tensor(sets, dtype=torch.uint8, device=same.device)[query["cls"].clamp(min=0)].unsqueeze(2)
         held = (shown & key_class) != 0
-        for condition, (mine, theirs) in COMPARED.items():
-            if condition in conjunction:
-                left, right = query[mine].unsqueeze(2), key[theirs].unsqueeze(1)
-                held &= left >= right if condition is Condition.CAUSAL else left == right
+        for each in comparisons(conjunction):
+            held &= each(query[each.mine].unsqueeze(2), key[each.theirs].unsqueeze(1))
         seen |= held
     seen &= same
     seen &= (query["document"] >= 0).unsqueeze(2)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from enum import IntFlag
 from os import PathLike
 from types import MappingProxyType
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,20 +29,49 @@ class Condition(IntFlag):
     SAME_SEGMENT = 4
     SAME_TURN = 8
     REF_SEGMENT = 16  # the key lies in the segment that the query refers to
+    WINDOW_2D = 32  # the key's place in its grid lies in the window of the query's; see `neighbourhood`
 
 
 Rules = Mapping[tuple[int, int], Sequence[Condition]]
 
-#: Which field of the query each condition compares with which of the key. CAUSAL asks for `>=`, the others for `==`.
-COMPARED: Mapping[Condition, tuple[str, str]] = MappingProxyType(
+
+class Comparison(NamedTuple):
+    """A field of the query against one of the key: `>=` for AT_LEAST, `<=` for AT_MOST, `==` for EQUAL."""
+
+    mine: str
+    relation: str
+    theirs: str
+
+    def __call__(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        if self.relation == AT_LEAST:
+            return mine >= theirs
+        return mine <= theirs if self.relation == AT_MOST else mine == theirs
+
+
+AT_LEAST, AT_MOST, EQUAL = "at least", "at most", "equal"
+
+#: What each condition compares; all of it must hold.
+COMPARED: Mapping[Condition, tuple[Comparison, ...]] = MappingProxyType(
     {
-        Condition.CAUSAL: ("rank", "rank"),
-        Condition.SELF: ("slot", "slot"),
-        Condition.SAME_SEGMENT: ("segment", "segment"),
-        Condition.SAME_TURN: ("turn", "turn"),
-        Condition.REF_SEGMENT: ("ref", "segment"),
+        Condition.CAUSAL: (Comparison("rank", AT_LEAST, "rank"),),
+        Condition.SELF: (Comparison("slot", EQUAL, "slot"),),
+        Condition.SAME_SEGMENT: (Comparison("segment", EQUAL, "segment"),),
+        Condition.SAME_TURN: (Comparison("turn", EQUAL, "turn"),),
+        Condition.REF_SEGMENT: (Comparison("ref", EQUAL, "segment"),),
+        Condition.WINDOW_2D: (
+            Comparison("top", AT_MOST, "y"),
+            Comparison("bottom", AT_LEAST, "y"),
+            Comparison("left", AT_MOST, "x"),
+            Comparison("right", AT_LEAST, "x"),
+        ),
     }
 )
+
+
+def comparisons(conjunction: Condition) -> list[Comparison]:
+    """What the conditions of a conjunction compare."""
+    return [each for condition, parts in COMPARED.items() if condition in conjunction for each in parts]
+
 
 #: Classes that a rule table may speak of, so that a set of classes fits into a byte.
 MAX_CLASSES = 8
@@ -62,6 +91,13 @@ class Axis:
         cls: the token class that the rule table speaks of.
         slot: the place in the sequence; SELF and sliding windows are measured in it.
         ref: the segment that the token may attend to under REF_SEGMENT (-1: none).
+        y: row of the token in its grid, as keys are looked for under WINDOW_2D; see `neighbourhood`.
+        x: column, likewise.
+        top: the first row that the token sees under WINDOW_2D.
+        bottom: the last one.
+        left: the first column.
+        right: the last one.
+    The last six are None where no rule asks for WINDOW_2D.
     """
 
     document: Tensor
@@ -71,18 +107,35 @@ class Axis:
     cls: Tensor
     slot: Tensor
     ref: Tensor
+    y: Tensor | None = None
+    x: Tensor | None = None
+    top: Tensor | None = None
+    bottom: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def columns(self, start: int, stop: int | None = None) -> Axis:
-        return Axis(**{f.name: getattr(self, f.name)[:, start:stop] for f in fields(self)})
+        return Axis(**{name: value[:, start:stop] for name, value in self._tensors().items()})
 
     def gather(self, index: Tensor) -> Axis:
         """The tokens at `index [B, N']`, in that order; an index of -1 gives padding."""
-        taken = {f.name: getattr(self, f.name).gather(1, index.clamp(min=0)) for f in fields(self)}
+        taken = {name: value.gather(1, index.clamp(min=0)) for name, value in self._tensors().items()}
         return Axis(**{**taken, "document": taken["document"].masked_fill(index < 0, -1)})
 
     def followed_by(self, other: Axis) -> Axis:
-        """These tokens and the `other` ones behind them."""
-        return Axis(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)], 1) for f in fields(self)})
+        """These tokens and the `other` ones behind them.
+
+        Raises:
+            ValueError: one side has places in a grid and the other has none.
+        """
+        mine, theirs = self._tensors(), other._tensors()
+        if mine.keys() != theirs.keys():
+            raise ValueError(f"one of two axes lacks {', '.join(sorted(mine.keys() ^ theirs.keys()))}")
+        return Axis(**{name: torch.cat([mine[name], theirs[name]], 1) for name in mine})
 
     def __len__(self) -> int:
         return int(self.document.shape[1])
@@ -114,6 +167,9 @@ class Visibility:
         for pair in rules:
             if not all(0 <= cls < len(names) for cls in pair):
                 raise ValueError(f"rule {pair} speaks of a class outside 0..{len(names) - 1} ({', '.join(names)})")
+        used = [each for terms in rules.values() for term in terms for each in comparisons(term)]
+        if any(getattr(queries, c.mine) is None or getattr(keys, c.theirs) is None for c in used):
+            raise ValueError("a rule asks for WINDOW_2D, but the tokens have no window: see kernels.neighbourhood")
         self.queries = queries
         self.keys = keys
         self.rules = dict(rules)
@@ -195,10 +251,8 @@ class Visibility:
     def _holds(self, conjunction: Condition) -> Tensor:
         query, key = self.queries, self.keys
         held = torch.ones(self.shape, dtype=torch.bool, device=query.document.device)
-        for condition, (mine, theirs) in COMPARED.items():
-            if condition in conjunction:
-                left, right = getattr(query, mine).unsqueeze(2), getattr(key, theirs).unsqueeze(1)
-                held &= left >= right if condition is Condition.CAUSAL else left == right
+        for each in comparisons(conjunction):
+            held &= each(getattr(query, each.mine).unsqueeze(2), getattr(key, each.theirs).unsqueeze(1))
         return held
 
     def dead_rows(self) -> Tensor:

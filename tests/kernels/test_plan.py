@@ -39,13 +39,19 @@ def random_axis(generator: torch.Generator, batch: int, count: int, orderly: boo
     slot = torch.arange(count).expand(batch, count)
     rank = slot if orderly else torch.randint(0, 6, (batch, count), generator=generator)
     document = runs(-1, 2)
-    return Axis(document, rank, runs(-1, 3), runs(-1, 3), runs(0, 3), slot, runs(-1, 3))
+    y, x, top, left = (torch.randint(0, 4, (batch, count), generator=generator) for _ in range(4))
+    bottom, right = (low + torch.randint(-1, 3, low.shape, generator=generator) for low in (top, left))
+    place = {"y": y, "x": x, "top": top, "bottom": bottom, "left": left, "right": right}
+    return Axis(document, rank, runs(-1, 3), runs(-1, 3), runs(0, 3), slot, runs(-1, 3), **place)
 
 
 def brute_force(visibility: Visibility) -> torch.Tensor:
     """The definition, pair by pair; it shares no code with the package."""
     queries, keys, rules = visibility.queries, visibility.keys, visibility.rules
-    names = ("document", "rank", "segment", "turn", "cls", "slot", "ref")
+    names = (
+        *("document", "rank", "segment", "turn", "cls", "slot", "ref"),
+        *("y", "x", "top", "bottom", "left", "right"),
+    )
     rows = {name: getattr(queries, name).tolist() for name in names}
     columns = {name: getattr(keys, name).tolist() for name in names}
     seen = torch.zeros(visibility.shape, dtype=torch.bool)
@@ -57,6 +63,7 @@ def brute_force(visibility: Visibility) -> torch.Tensor:
             4: q["segment"] == k["segment"],
             8: q["turn"] == k["turn"],
             16: q["ref"] == k["segment"],
+            32: q["top"] <= k["y"] <= q["bottom"] and q["left"] <= k["x"] <= q["right"],
         }
         near = visibility.window is None or abs(q["slot"] - k["slot"]) < visibility.window
         if near and q["document"] >= 0 and q["document"] == k["document"]:
