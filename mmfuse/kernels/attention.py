@@ -134,8 +134,7 @@ def attention_statistics(
         scale: as in `attend`.
         mass: `[B, Sq]`, as in `attend`.
         bias: `[H, C, C]`, as in `attend`.
-        backend: `reference` (in parts of a few rows, so that long sequences fit) or `triton`; `auto` is `triton` on a
-            GPU where it runs, and else `reference`.
+        backend: `reference`, in parts of a few rows, so that long sequences fit; `auto` is the same.
 
     Returns:
         Tensors over `[B, H, Sq]`; see `Statistics`.
@@ -149,8 +148,7 @@ def attention_statistics(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = Call.of(q, k, k, mass)
     if backend == "auto":
-        on_gpu = call.device != "cpu" and BACKENDS["triton"].refusal(visibility, call) is None
-        backend = "triton" if on_gpu else "reference"
+        backend = "reference"
     statistics = BACKENDS[_able(backend, visibility, call)].statistics
     if statistics is None:
         able = [name for name, other in BACKENDS.items() if other.statistics is not None]
