@@ -1,0 +1,81 @@
+"""`mmfuse kernels`: which attention backend runs a mask of a shape, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmfuse.errors import ConfigError, unknown
+from mmfuse.fusion import FUSIONS
+from mmfuse.kernels import BACKENDS, Call, Visibility, choose, plan_blocks
+from mmfuse.sequence import TokenMap
+from mmfuse.training.commands import StrictParser
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+MASKS = ("packed", *FUSIONS)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; `argv` begins with its name."""
+    options = _parser().parse_args(argv[1:])
+    visibility = example(options.mask, options.length, options.batch)
+    call = Call(options.heads, options.head_dim, DTYPES[options.dtype], options.device, options.backward)
+    choice, plan = choose(visibility, call), plan_blocks(visibility)
+    table = Table("backend", "auto", "why", box=None, title=None)
+    for name, backend in BACKENDS.items():
+        refusal = backend.refusal(visibility, call)
+        chosen = name == choice.backend
+        why = choice.reason if chosen else f"refuses: {refusal}" if refusal else "can run this, if asked for by name"
+        table.add_row(name, "runs" if chosen else "", why)
+    console = Console(highlight=False)
+    direction = "forward and backward" if options.backward else "forward"
+    console.print(
+        f"{options.mask}, {options.batch} × {options.length} tokens, {options.heads} heads × {options.head_dim}, "
+        f"{options.dtype}, {options.device}, {direction}"
+    )
+    console.print(
+        f"{plan.density:.1%} of the pairs are visible; tiles of 64 × 64: {plan.full} full, {plan.partial} partial of "
+        f"{len(plan.words)} kinds, {plan.tile_efficiency:.0%} of what they hold is visible; "
+        f"{plan.useful_flops(options.heads, options.head_dim, backward=options.backward):.3g} useful FLOPs"
+    )
+    console.print(table)
+    return 0
+
+
+def example(mask: str, length: int, batch: int = 1) -> Visibility:
+    """The mask of a strategy over 32 tokens of text, an image of up to 576 and text; or `packed`: four such, causal.
+
+    Raises:
+        ConfigError: an unknown mask, or fewer than 8 tokens.
+    """
+    if mask not in MASKS:
+        raise ConfigError(unknown("mask", mask, MASKS))
+    if length < 8 or batch < 1:
+        raise ConfigError(f"kernels: a sample has at least 8 tokens and a batch one sample, got {batch} × {length}")
+    if mask == "packed":
+        sizes = [length // 4] * 3 + [length - length // 4 * 3]
+        tokens = TokenMap.pack([_sample(size) for size in sizes])
+        return FUSIONS["causal"]().visibility(tokens.repeat(batch))
+    return FUSIONS[mask]().visibility(_sample(length).repeat(batch))
+
+
+def _sample(length: int) -> TokenMap:
+    before, image = min(32, max(1, length // 8)), min(576, max(1, length // 2))
+    runs = [("text", before), ("image", image), ("text", length - before - image)]
+    return TokenMap.from_layout([run for run in runs if run[1]])
+
+
+def _parser() -> StrictParser:
+    parser = StrictParser("kernels", "Which attention backend runs a mask of a shape, and why.")
+    parser.add_argument("--mask", default="mma", metavar="NAME", help=f"{', '.join(MASKS)} (default: mma)")
+    parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens of a sample (default: 2048)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="samples (default: 1)")
+    parser.add_argument("--heads", type=int, default=16, metavar="N", help="of queries (default: 16)")
+    parser.add_argument("--head-dim", type=int, default=64, metavar="N", help="width of a head (default: 64)")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of q, k and v (default: float32)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument("--backward", action="store_true", help="gradients are asked for, too")
+    return parser
