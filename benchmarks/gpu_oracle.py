@@ -13,34 +13,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
 
 import torch
+from cards import beside_goals
 from torch import Tensor
 
-from mmfuse.kernels import Axis, Visibility, attend, attend_with_shares, plan_blocks
+from mmfuse.kernels import Visibility, attend, attend_with_shares, plan_blocks
 from mmfuse.training.kernels import example
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-#: Dense tensor-core TFLOP/s in 16 bits, by a part of the card's name.
-PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0}
-#: TFLOP/s forward and backward that we aim for: (card, mask, head dim).
-GOALS = {
-    ("H100", "causal", 128): (430.0, 280.0),
-    ("H100", "packed", 128): (240.0, 155.0),
-    ("H100", "causal", 64): (380.0, None),
-    ("A100", "causal", 64): (155.0, None),
-}
 #: The float64 truth holds all scores; longer sequences are only timed.
 LONGEST_TRUTH = 2048
-
-
-def on_device(visibility: Visibility, device: str) -> Visibility:
-    queries, keys = (
-        Axis(**{f.name: getattr(side, f.name).to(device) for f in fields(side)})
-        for side in (visibility.queries, visibility.keys)
-    )
-    return Visibility(queries, keys, visibility.rules, visibility.names, visibility.window)
 
 
 def draw(visibility: Visibility, width: int, dtype: torch.dtype, device: str, heads: tuple[int, int]) -> list[Tensor]:
@@ -98,14 +81,7 @@ def speed(visibility: Visibility, mask: str, inputs: list[Tensor]) -> str:
     backward = do_bench(
         lambda: torch.autograd.grad(out, inputs[:3], direction, retain_graph=True), return_mode="median"
     )
-    flops = plan.useful_flops(heads, width)
-    rates = [flops / forward / 1e9, 2.5 * flops / backward / 1e9]
-    card = torch.cuda.get_device_name()
-    peak = next((peak for name, peak in PEAKS.items() if name in card), None)
-    goal = next((goal for (name, *case), goal in GOALS.items() if name in card and case == [mask, width]), None)
-    told = f"{rates[0]:.0f} / {rates[1]:.0f} TFLOP/s"
-    told += "" if peak is None else f" ({rates[0] / peak:.0%} / {rates[1] / peak:.0%} of {peak:.0f})"
-    return told + ("" if goal is None else f", goal {goal[0]} / {goal[1]}")
+    return beside_goals(mask, width, plan.useful_flops(heads, width), forward / 1e3, backward / 1e3)
 
 
 def main() -> int:
@@ -122,7 +98,7 @@ def main() -> int:
     red = False
     for mask in options.masks:
         for length in options.lengths:
-            visibility = on_device(example(mask, length), options.device)
+            visibility = example(mask, length).to(options.device)
             for width in options.head_dims:
                 for dtype in options.dtypes:
                     inputs = draw(visibility, width, DTYPES[dtype], options.device, tuple(options.heads))

@@ -43,6 +43,6 @@ if command -v compute-sanitizer > /dev/null; then
 else
     echo "== sanitizer: compute-sanitizer is not installed, left out" | tee "$report/sanitizer.txt"
 fi
-step tune "$python" benchmarks/gpu_oracle.py --device cuda --repeats 1 --time --lengths 2048 8192
-step benchmark "$python" benchmarks/attention.py
+step speed "$python" benchmarks/gpu_oracle.py --device cuda --repeats 1 --time --lengths 2048 8192
+step benchmark "$python" benchmarks/attention.py --device cuda --lengths 2048 8192 --heads 32 --head-dim 128 --memory
 echo "gpu_session: all green, reports in $report/"

@@ -126,6 +126,9 @@ class Axis:
         taken = {name: value.gather(1, index.clamp(min=0)) for name, value in self._tensors().items()}
         return Axis(**{**taken, "document": taken["document"].masked_fill(index < 0, -1)})
 
+    def to(self, device: torch.device | str) -> Axis:
+        return Axis(**{name: value.to(device) for name, value in self._tensors().items()})
+
     def followed_by(self, other: Axis) -> Axis:
         """These tokens and the `other` ones behind them.
 
@@ -184,6 +187,10 @@ class Visibility:
         return self.queries.document.shape[0], len(self.queries), len(self.keys)
 
     # Views
+
+    def to(self, device: torch.device | str) -> Visibility:
+        """The same mask on another device."""
+        return Visibility(self.queries.to(device), self.keys.to(device), self.rules, self.names, self.window)
 
     def rows(self, start: int) -> Visibility:
         """Only the queries from slot column `start` on, against all keys: what a decoding step asks."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from mmfuse.errors import ConfigError, unknown
-from mmfuse.fusion import FUSIONS
-from mmfuse.kernels import BACKENDS, Call, Visibility, choose, plan_blocks
+from mmfuse.fusion import CLASSES, FUSIONS, NAAViT
+from mmfuse.fusion.base import CAUSAL_RULES, MEDIA, axis_of
+from mmfuse.kernels import BACKENDS, Call, Condition, Visibility, choose, plan_blocks
+from mmfuse.kernels.neighbourhood import Window2D
 from mmfuse.sequence import TokenMap
 from mmfuse.training.commands import StrictParser
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-MASKS = ("packed", *FUSIONS)
+MASKS = ("packed", "no_image_to_image", "window_2d", *FUSIONS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def example(mask: str, length: int, batch: int = 1) -> Visibility:
-    """The mask of a strategy over 32 tokens of text, an image of up to 576 and text; or `packed`: four such, causal.
+    """The mask of a strategy over 32 tokens of text, an image of up to 576 and text, or one over the same samples.
+
+    - `packed`: four such samples in a row, causal;
+    - `no_image_to_image`: text is causal, the image sees the text before it, and not itself;
+    - `window_2d`: text is causal, the image is a square grid in which each place sees 7 × 7 around it.
 
     Raises:
         ConfigError: an unknown mask, or fewer than 8 tokens.
@@ -59,6 +67,11 @@ def example(mask: str, length: int, batch: int = 1) -> Visibility:
         sizes = [length // 4] * 3 + [length - length // 4 * 3]
         tokens = TokenMap.pack([_sample(size) for size in sizes])
         return FUSIONS["causal"]().visibility(tokens.repeat(batch))
+    if mask == "no_image_to_image":
+        return NAAViT(reading="text_only").visibility(_sample(length).repeat(batch))
+    if mask == "window_2d":
+        axis = axis_of(_on_grid(length).repeat(batch), window=Window2D((7, 7)))
+        return Visibility(axis, axis, {**CAUSAL_RULES, (MEDIA, MEDIA): (Condition.WINDOW_2D,)}, CLASSES)
     return FUSIONS[mask]().visibility(_sample(length).repeat(batch))
 
 
@@ -66,6 +79,15 @@ def _sample(length: int) -> TokenMap:
     before, image = min(32, max(1, length // 8)), min(576, max(1, length // 2))
     runs = [("text", before), ("image", image), ("text", length - before - image)]
     return TokenMap.from_layout([run for run in runs if run[1]])
+
+
+def _on_grid(length: int) -> TokenMap:
+    """As `_sample`, but the image is the largest square that fits into it, and its tokens have places."""
+    before, side = min(32, max(1, length // 8)), math.isqrt(min(576, max(1, length // 2)))
+    after = length - before - side**2
+    tokens = TokenMap.from_layout([("text", before), ("image", side**2), ("text", after)])
+    places = [(0, 0, 0)] * before + [(0, y, x) for y in range(side) for x in range(side)] + [(0, 0, 0)] * after
+    return replace(tokens, grid=torch.tensor([places]))
 
 
 def _parser() -> StrictParser:

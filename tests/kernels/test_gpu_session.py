@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -38,3 +39,24 @@ def test_the_oracle_runs_in_the_interpreter() -> None:
     done = run(sys.executable, "benchmarks/gpu_oracle.py", *arguments.split(), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip() == "mma 70 × 64 bfloat16: right"
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_below_the_length_of_a_whole_image() -> None:
+    arguments = "--lengths 96 --heads 2 --head-dim 16 --rounds 1 --masks no_image_to_image window_2d"
+    done = run(sys.executable, "benchmarks/attention.py", *arguments.split())
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, ours, windows = done.stdout.splitlines()
+    assert ours.startswith("no_image_to_image") and "rectangles" in ours and "forward only" in ours
+    assert windows.startswith("window_2d") and "| rectangles" not in windows and "forward only" in windows
+
+
+def test_rates_stand_beside_peak_and_goals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    cards = importlib.import_module("cards")
+    # 989 TFLOP in 4 s and 2.5 times that in 10 s: a quarter of the peak each.
+    told = cards.beside_goals("causal", 128, 989 * 10**12, 4.0, 10.0, "NVIDIA H100 80GB HBM3")
+    assert told == "247 / 247 / 247 TFLOP/s (25% / 25% / 25% of 989), goal 430 / 280 / -"
+    assert cards.beside_goals("mma", 64, 10**13, 1.0, 1.0, "another card") == "10 / 25 / 18 TFLOP/s"
+    assert cards.ratio_goals("mma", 128, "NVIDIA H100 PCIe") == "goals for triton: 1.4 / 1.4 × flex, 6 / 4 × sdpa"
+    assert not cards.ratio_goals("causal", 128, "NVIDIA H100 PCIe") and not cards.ratio_goals("mma", 128, "A100")
