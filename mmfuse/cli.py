@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("mmfuse.training.commands", "generate", "answer one prompt, with or without an image"),
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
+    "data": Command("mmfuse.training.data_commands", "main", "pack data into shards, lint, count and show them"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),
 }
 

@@ -69,7 +69,7 @@ class StreamProgress:
     """
 
     def __init__(self, made_for: Mapping[str, Any], lanes: int, per_step: int) -> None:
-        self.made_for = {**made_for, "batches per optimizer step": per_step}
+        self.made_for = dict(made_for)
         self.per_step = per_step
         self.steps, self.stage, self.lanes = 0, 0, first_places(lanes)
         self._own: Counter[str] = Counter()
@@ -117,6 +117,7 @@ class StreamProgress:
             "version": VERSION,
             "made_for": dict(self.made_for),
             "steps": self.steps,
+            "per_step": self.per_step,
             "stage": self.stage,
             # A lane's windows are its number and every `lanes` from there.
             "lanes": [[(place.window - lane) // len(lanes), place.row] for lane, place in enumerate(lanes)],
@@ -138,9 +139,12 @@ class StreamProgress:
             raise ConfigError(f"the checkpoint's data state has version {state.get('version')}, expected {VERSION}")
         self._check(state["made_for"], changed_data=changed_data)
         self.steps, self.stage = state["steps"], state["stage"]
-        if len(state["lanes"]) == len(self.lanes):
-            count = len(self.lanes)
-            self.lanes = [Place(lane + count * turn, row) for lane, (turn, row) in enumerate(state["lanes"])]
+        count = len(self.lanes)
+        places = state["lanes"]
+        if state["per_step"] != self.per_step and not changed_data:
+            places = _with_other_batches(places, state["per_step"], self.per_step)
+        if len(places) == count:
+            self.lanes = [Place(lane + count * turn, row) for lane, (turn, row) in enumerate(places)]
         self._before = Counter(state["counts"] if main else {})
 
     def _check(self, before: Mapping[str, Any], *, changed_data: bool) -> None:
@@ -158,6 +162,23 @@ class StreamProgress:
     def counts(self) -> Counter[str]:
         """What this rank counted, and, where it is the main one, what was counted before the run was resumed."""
         return self._before + self._own
+
+
+def _with_other_batches(places: Sequence[Sequence[int]], before: int, now: int) -> list[tuple[int, int]]:
+    """Where lanes stand if steps have `now` batches and not `before`, with the same samples in both.
+
+    Raises:
+        ConfigError: samples were left out of windows, so that these are no batches any more.
+    """
+    count = len(places)
+    batches = sum(turn for turn, _ in places)
+    if [tuple(place) for place in places] != [((batches - lane - 1) // count + 1, 0) for lane in range(count)]:
+        raise ConfigError(
+            f"the checkpoint was made with {before} batches per optimizer step, and this run has {now}; as samples "
+            "were dropped, it can only go on with as many as before, or with data.stream.allow_changes"
+        )
+    batches = batches * now // before
+    return [((batches - lane - 1) // count + 1, 0) for lane in range(count)]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -93,11 +93,19 @@ class StreamSettings:
         """Tokens of the longest sample that fits."""
         return self.max_tokens if self.max_tokens is not None else self.pack_to
 
-    def order_settings(self, batch_size: int) -> dict[str, Any]:
-        """What the order of samples depends on, by the name that messages use."""
+    def order_settings(self, batch_size: int, per_step: int) -> dict[str, Any]:
+        """What the order of samples depends on, by the name that messages use.
+
+        Args:
+            batch_size: rows of a batch.
+            per_step: batches of an optimizer step, of all ranks together.
+        """
         names = ["max_tokens", "too_long", "lanes", *([] if self.window_is_batch else ["pack_to", "bucket", "window"])]
         settings = {f"data.stream.{name}": getattr(self, name) for name in names}
-        return {**settings, "data.batch_size": batch_size, "data.stream.augment": str(self.augment)}
+        # Where a window is a batch, the samples of a step are the same in whatever batches.
+        sizes = {"data.batch_size": batch_size, "batches per optimizer step": per_step}
+        sizes = {"samples per optimizer step": batch_size * per_step} if self.window_is_batch else sizes
+        return {**settings, **sizes, "data.stream.augment": str(self.augment)}
 
 
 class Drawn(NamedTuple):

@@ -144,7 +144,7 @@ class MultimodalData(LightningDataModule):
         assert trainer is not None
         accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
         plan = self.plan(per_step=accumulate * world)
-        self.progress = StreamProgress(self.made_for(), plan.lanes, accumulate * world)
+        self.progress = StreamProgress(self.made_for(accumulate * world), plan.lanes, accumulate * world)
         if self._restored is not None:
             changes = self.stream.allow_changes
             self.progress.load_state_dict(self._restored, main=trainer.is_global_zero, changed_data=changes)
@@ -171,10 +171,10 @@ class MultimodalData(LightningDataModule):
             timeout=self.stream.timeout,
         )
 
-    def made_for(self) -> dict[str, Any]:
-        """What the order of samples depends on, by the name that messages use."""
+    def made_for(self, per_step: int) -> dict[str, Any]:
+        """What the order of samples depends on; see `StreamSettings.order_settings`."""
         sources = {f"the data of {name}": self.sources[name].fingerprint()[:16] for name in self._mixed()}
-        return {**sources, **self.stream.order_settings(self.batch_size), "data.seed": self.seed}
+        return {**sources, **self.stream.order_settings(self.batch_size, per_step), "data.seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
         """What was trained on, of all ranks together; every rank must call it, as for every save of Lightning's."""

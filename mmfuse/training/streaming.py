@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -44,6 +45,21 @@ class StreamState(Callback):
         data.progress.commit(batch[ORIGIN])
         if trainer.global_step > data.progress.steps:
             data.progress.end_step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = _data(trainer)
+        if data is None or data.progress is None:
+            return
+        kinds = ("truncated", "dropped")
+        counts = data.state_dict()["counts"]
+        said = [
+            f"{count} of {name.partition('/')[2]} {name.partition('/')[0]}"
+            for name, count in counts.items()
+            if name.startswith(kinds)
+        ]
+        if said and trainer.is_global_zero:
+            used = sum(count for name, count in counts.items() if name.startswith("used"))
+            print(f"mmfuse: {used} samples trained on; too long: {', '.join(said)}", file=sys.stderr)
 
 
 class SampleLog(Callback):

@@ -275,10 +275,32 @@ def test_another_order_of_samples_is_refused() -> None:
         with pytest.raises(ConfigError, match=re.escape(message)):
             progress.load_state_dict(state)
         progress.load_state_dict(state, changed_data=True)
-    with pytest.raises(ConfigError, match="batches per optimizer step was 4 and is now 2"):
-        StreamProgress(made_for, 8, 2).load_state_dict(state)
     with pytest.raises(ConfigError, match="has version 0, expected 1"):
         StreamProgress(made_for, 8, 4).load_state_dict({**state, "version": 0})
+
+
+def test_a_step_of_other_batches_has_the_same_samples(loader: Loader) -> None:
+    """Two batches of 6 instead of four of 3, from the middle of a stage on; unless samples were dropped before."""
+    whole = loader(SETTINGS["plain"])
+    for steps in (1, 6):
+        progress = StreamProgress({}, 8, 4)
+        for number, batch in enumerate(whole, start=1):
+            progress.commit(batch[ORIGIN])
+            if number % 4 == 0:
+                progress.end_step()
+            if number == steps * 4:
+                break
+        state = progress.state_dict([progress.own_state()])
+        later = StreamProgress({}, 8, 2)
+        later.load_state_dict(state)
+        done = (steps - (STEPS[0] if steps > STEPS[0] else 0)) * 2
+        assert [place.window for place in later.places(later.stage)] == [
+            min(window for window in range(done, done + 8) if window % 8 == lane) for lane in range(8)
+        ]
+        assert all(place.row == 0 for place in later.lanes)
+    state["lanes"][0] = [state["lanes"][0][0], 1]
+    with pytest.raises(ConfigError, match="made with 4 batches per optimizer step, and this run has 2; as samples"):
+        StreamProgress({}, 8, 2).load_state_dict(state)
 
 
 def test_lanes_must_be_shared_evenly(loader: Loader) -> None:

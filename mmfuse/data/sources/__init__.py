@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
 from mmfuse.data.samples import Sample
+from mmfuse.data.sources.folder import FolderSource
 from mmfuse.data.sources.json_files import JSONSource
+from mmfuse.data.sources.parquet import ParquetSource
 from mmfuse.data.sources.shards import ShardSource
 from mmfuse.errors import DataError
 
-__all__ = ["JSONSource", "ShardSource", "Source", "expand_braces", "open_source"]
+__all__ = ["FolderSource", "JSONSource", "ParquetSource", "ShardSource", "Source", "expand_braces", "open_source"]
 
 _JSON: Final = (".json", ".jsonl")
 _MANIFEST: Final = "manifest.json"
@@ -65,7 +67,8 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
 
     Args:
         path: a `.tar` shard; a folder of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json`
-            or `.jsonl` file of LLaVA conversations, chats or documents; or a folder that holds one such file. A folder
+            or `.jsonl` file of LLaVA conversations, chats or documents; a `.parquet` file with images inside; a folder
+            that holds one such file, or several of parquet; or a folder of images with a text beside each. A folder
             that holds shards is read as shards, whatever else it holds.
         images: for JSON: the folder to which names of images are relative, if it is not the file's own.
 
@@ -91,12 +94,18 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
         if shards:
             _refuse_parts(place)
             return _open_shards(place.name, shards, images, ["*.tar"])
+        if parquet := sorted(place.rglob("*.parquet")):
+            return ParquetSource(parquet, place.name)
+        if not any(path.suffix in _JSON for path in place.iterdir()) and any(place.rglob("*.txt")):
+            return FolderSource(place)
         place = _only_json(place)
     if place.suffix == ".tar":
         return _open_shards(place.name, [place], images)
+    if place.suffix == ".parquet":
+        return ParquetSource([place], place.name)
     if place.suffix not in _JSON:
         hint = "; compressed shards cannot be read at random, unpack them to .tar" if ".tar" in place.name else ""
-        raise DataError(f"{place}: unknown kind of data; expected .tar, .json or .jsonl{hint}")
+        raise DataError(f"{place}: unknown kind of data; expected .tar, .json, .jsonl or .parquet{hint}")
     return JSONSource(place, None if images is None else Path(images).expanduser())
 
 

@@ -25,6 +25,11 @@ class Undecoded:
     ending: str
     where: str
 
+    @property
+    def is_features(self) -> bool:
+        """Whether it holds features, and no picture."""
+        return self.ending in FEATURE_FORMATS
+
     def decode(self) -> Any:
         """Return the picture or the features.
 
@@ -33,7 +38,7 @@ class Undecoded:
             OSError: they cannot be read.
         """
         data = self.read()
-        if self.ending in FEATURE_FORMATS:
+        if self.is_features:
             return decode_features(data, self.ending, self.where)
         return decode_image(data, self.where)
 
