@@ -45,7 +45,7 @@ class ParquetSource:
         for number, path in enumerate(self._paths):
             try:
                 metadata = _pyarrow().ParquetFile(path).metadata
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise DataError(f"{path}: no readable parquet file: {error}") from error
             digest.update(json.dumps([path.name, path.stat().st_size, metadata.num_rows]).encode())
             with path.open("rb") as file:
