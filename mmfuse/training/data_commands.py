@@ -96,7 +96,7 @@ def lint(words: Sequence[str]) -> int:
         if kind in found.faults:
             fault = found.faults[kind]
             detail = fault.detail.removeprefix(fault.where).lstrip(": ")
-            table.add_row(kind, str(fault.count), f"{fault.where}: {detail}")
+            table.add_row(kind, str(fault.times), f"{fault.where}: {detail}")
     console = Console()
     console.print(table if found.faults else f"{found.samples} samples, no faults", highlight=False, markup=False)
     console.print(f"\nlengths ({unit})", highlight=False)

@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 
     where: str
     detail: str
-    count: int
+    times: int
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Findings:
     def add(self, kind: str, where: str, detail: str) -> None:
         """Count a fault, and keep the place of the first one of its kind."""
         first = self.faults.get(kind, Fault(where, detail, 0))
-        self.faults[kind] = first._replace(count=first.count + 1)
+        self.faults[kind] = first._replace(times=first.times + 1)
 
 
 def lint(
