@@ -3,7 +3,7 @@
     python benchmarks/streaming.py --samples 4000 --rounds 4
 
 Both sides read the same shards (JPEG, text) in shuffled order, as people use them: webdataset shuffles shards and a
-buffer of 1000 samples, and decodes by itself; the stream reads by the plan and gives the same images. Opening the shards
+buffer of 1000 samples, and decodes by itself; the stream reads by the plan and gives the same images. Opening shards
 counts. With workers both go through a DataLoader that sends one batch at a time. Rounds alternate, so that both see the
 same machine, and each gives one ratio; printed are medians. Four parts:
 
