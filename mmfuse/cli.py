@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mmfuse import __version__
-from mmfuse.errors import ConfigError, DataError, RunError, unknown
+from mmfuse.errors import ConfigError, DataError, RunError, StoppedError, unknown
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -61,7 +61,7 @@ def help_text(commands: Mapping[str, Command]) -> str:
             "  -V, --version  show the version",
             "",
             "start here:  mmfuse fit --config configs/aki.yaml",
-            "exit codes:  0 done, 1 a failure inside, 2 a mistake in the request, 130 interrupted",
+            "exit codes:  0 done, 1 a failure inside, 2 a mistake in the request, 130 interrupted, 143 stopped, saved",
             "MMFUSE_DEBUG=1 shows the traceback of a mistake, too.",
         ]
     )
@@ -89,6 +89,9 @@ def run(command: Command, argv: Sequence[str]) -> int:
     try:
         function = getattr(importlib.import_module(command.module), command.function)
         return function(list(argv)) or EXIT_OK
+    except StoppedError as stop:
+        print(f"mmfuse: {stop}", file=sys.stderr)
+        return stop.exit_code
     except (RunError, *USER_ERRORS) as error:
         if os.environ.get("MMFUSE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

@@ -18,6 +18,13 @@ class RunError(RuntimeError):
     """A run cannot go on, and the program is not to blame; the message says why and what to do."""
 
 
+class StoppedError(RunError):
+    """A run was asked to stop by a signal and has saved its state; the message says where, and how it goes on."""
+
+    #: What a process killed by SIGTERM has in a shell; launchers and schedulers know it.
+    exit_code = 143
+
+
 def unknown(kind: str, name: object, options: Iterable[str]) -> str:
     """Say that `name` is no known `kind`, what was probably meant, and what there is.
 
