@@ -131,7 +131,8 @@ from mmfuse.training.checkpoints import AtomicCheckpointIO
 step = 0
 while True:
     step += 1
-    AtomicCheckpointIO().save_checkpoint({{"step": step, "weights": torch.full((2_000_000,), float(step))}}, {str(path)!r})
+    state = {{"step": step, "weights": torch.full((2_000_000,), float(step))}}
+    AtomicCheckpointIO().save_checkpoint(state, {str(path)!r})
     print(step, flush=True)
 """
     for kill in range(6):

@@ -130,6 +130,18 @@ def children(pid: int) -> list[int]:
     return [int(line.split()[0]) for line in out.stdout.splitlines() if "mmfuse" in line]
 
 
+def ended(pid: int) -> bool:
+    """Whether the process is gone within a minute, or a zombie that nobody waits for."""
+    for _ in range(600):
+        state = subprocess.run(
+            ["ps", "-o", "state=", "-p", str(pid)], capture_output=True, text=True, check=False
+        ).stdout
+        if not state.strip() or state.startswith("Z"):
+            return True
+        time.sleep(0.1)
+    return False
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("to", ["rank 0", "rank 1", "all"])
 def test_two_ranks_stop_at_the_same_step(
@@ -148,5 +160,4 @@ def test_two_ranks_stop_at_the_same_step(
     step = read_checkpoint(last)["global_step"]
     rows = (tmp_path / "run" / "metrics.csv").read_text().count("\n") - 1
     assert step == rows >= 5 and f"after step {step};" in error
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    assert ended(child), "rank 1 is left behind"

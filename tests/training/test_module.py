@@ -389,7 +389,8 @@ def test_gradient_that_is_not_finite_stops_the_run(spec: NetworkSpec) -> None:
 class WeightBreaks(MultimodalModule):
     """The optimizer itself makes a weight infinite, with all losses and gradients finite."""
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         if self.global_step == 2:
             with torch.no_grad():
                 self.network.get_parameter(BROKEN)[0] = float("inf")
