@@ -391,7 +391,7 @@ class WeightBreaks(MultimodalModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        if self.global_step == 2:
+        if self.global_step == 1:  # counted when this returns
             with torch.no_grad():
                 self.network.get_parameter(BROKEN)[0] = float("inf")
 

@@ -38,7 +38,7 @@ def test_seeds_are_those_of_earlier_versions() -> None:
     assert hashed_seed(1, 2, 3, 4) == 2930429999423258495
 
 
-@pytest.mark.parametrize(("workers", "accumulate"), [(0, 2), (1, 1)])
+@pytest.mark.parametrize(("workers", "accumulate"), [(0, 2), pytest.param(1, 1, marks=pytest.mark.slow)])
 def test_dropout_goes_on_as_if_nothing_had_happened(
     workers: int,
     accumulate: int,
