@@ -14,6 +14,10 @@ class DataError(ValueError):
     """A file or sample cannot be used; the message names it and what was expected."""
 
 
+class SourceError(DataError):
+    """A file that many samples come from cannot be trusted: no matter of one sample, which could be left out."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on, and the program is not to blame; the message says why and what to do."""
 

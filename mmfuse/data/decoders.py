@@ -63,7 +63,7 @@ class Recording:
 Decoder = Callable[[bytes, str, Budget], Any]
 
 
-def decode_file(data: bytes, ending: str, where: str, budget: Budget = Budget()) -> Any:  # noqa: B008  (frozen)
+def decode_file(data: bytes, ending: str, where: str, budget: Budget = Budget()) -> Any:
     """Decode the bytes of a file by the ending of its name.
 
     Args:

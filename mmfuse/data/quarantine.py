@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from mmfuse.errors import ConfigError, DataError, RunError
+from mmfuse.errors import ConfigError, DataError, RunError, SourceError
 
 T = TypeVar("T")
+
+#: The file in a run's folder.
+QUARANTINE: Final = "quarantine.jsonl"
 
 #: Failed reads that may succeed a moment later: a network file system, a disk under load.
 TRANSIENT: Final = frozenset(
@@ -62,7 +65,7 @@ class Quarantine:
         limit: of each source.
     """
 
-    def __init__(self, path: Path | None, limit: BadSampleLimit = BadSampleLimit()) -> None:  # noqa: B008  (frozen)
+    def __init__(self, path: Path | None, limit: BadSampleLimit = BadSampleLimit()) -> None:
         self.path = path
         self.limit = limit
         self.read: Counter[str] = Counter()
@@ -74,12 +77,19 @@ class Quarantine:
 
         Raises:
             TooManyBadSamplesError: the source is over its limit.
+            SourceError: a whole file cannot be trusted.
             OSError: reading fails again and again.
         """
         self.read[source] += 1
+        return self.check(source, key, make)
+
+    def check(self, source: str, key: str, make: Callable[[], T]) -> T | None:
+        """As `attempt`, for a further step with a sample that was counted as read before."""
         try:
             return make()
-        except DataError as error:
+        except SourceError:
+            raise
+        except (DataError, FileNotFoundError) as error:
             self.add(source, key, str(error))
             return None
 
@@ -94,11 +104,12 @@ class Quarantine:
             self._written.add((source, key))
             self._append({"source": source, "key": key, "reason": reason})
         bad, read = self.bad[source], max(self.read[source], self.bad[source])
-        if bad > self.limit.count and bad > self.limit.share * read:
+        # A source without a single good sample would be read for ever.
+        if bad > self.limit.count and (bad > self.limit.share * read or bad == read):
             where = f", see {self.path}" if self.path is not None else ""
             raise TooManyBadSamplesError(
-                f"{bad} of the {read} samples read from {source!r} cannot be used, more than {self.limit.share:.2%} and "
-                f"more than {self.limit.count}{where}. The last one: {reason}"
+                f"{bad} of the {read} samples read from {source!r} cannot be used, more than {self.limit.share:.2%} "
+                f"and more than {self.limit.count}{where}. The last one: {reason}"
             )
 
     def _append(self, entry: dict[str, str]) -> None:

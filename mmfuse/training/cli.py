@@ -41,6 +41,7 @@ from mmfuse.training.module import MultimodalModule
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
 from mmfuse.training.stages import Schedule, Stage
+from mmfuse.training.streaming import SampleLog
 from mmfuse.training.strict import explain_mistake, unknown_flag
 
 # What a run's config file leaves out: they belong to one call and not to the run.
@@ -88,6 +89,9 @@ class MultimodalCLI(LightningCLI):
         parser.add_argument("--out", type=str | None, default=None, help="Run folder (default: runs/CONFIG).")
         parser.add_argument("--stages", type=list[Stage], help="What is trained, on what, for how many steps.")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="Steps between `last` checkpoints.")
+        parser.add_argument(
+            "--log_samples", type=bool, default=False, help="Write the samples of each step to samples.jsonl."
+        )
         parser.link_arguments("stages", "model.stages")
         parser.link_arguments("stages", "data.init_args.stages")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
@@ -154,8 +158,12 @@ class MultimodalCLI(LightningCLI):
         # Behind the bar, which ends before the report is printed.
         callbacks.append(RunReport(self.out))
         if self.subcommand == "fit":
-            callbacks += [StepSeeds(int(options.seed_everything)), GracefulStop(last_path(self.out))]
-            callbacks += checkpoint_callbacks(self.out, options.checkpoint_every)
+            callbacks += [SampleLog(self.out)] if options.log_samples else []
+            callbacks += [
+                StepSeeds(int(options.seed_everything)),
+                *checkpoint_callbacks(self.out, options.checkpoint_every),
+            ]
+            callbacks.append(GracefulStop(last_path(self.out)))
         return callbacks
 
     # Commands
@@ -311,6 +319,7 @@ def config_schema(command: str) -> dict[str, Any]:
         "stages": list[Stage],
         "out": str,
         "checkpoint_every": int,
+        "log_samples": bool,
         "ckpt_path": str,
     }
     more = {"validate": {"verbose": bool}, "test": {"verbose": bool}, "predict": {"return_predictions": bool}}

@@ -15,7 +15,8 @@ import threading
 from pathlib import Path
 from typing import Any, Final
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
@@ -32,8 +33,10 @@ class NoSignalHandlers(_SignalConnector):
         self.received_sigterm = False
 
 
-class GracefulStop(Callback):
+class GracefulStop(Checkpoint):
     """Saves `checkpoint` and ends the run after the optimizer step in which any rank was signalled.
+
+    It is a `Checkpoint` because Lightning runs those behind all other callbacks, whose state belongs into the file.
 
     A signal before the first step takes effect at its end, and one during validation at the end of the step behind it.
 

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
+from mmfuse.data.stream import NO_INPUTS
 from mmfuse.errors import ConfigError
 from mmfuse.eval.questions import Prediction, answer_questions
 from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
@@ -25,6 +26,7 @@ from mmfuse.models.decoder import supervised_rows
 from mmfuse.sequence import Modality
 from mmfuse.training.guard import StepSamples, gradients_are_finite, non_finite, refuse_non_finite_weights
 from mmfuse.training.stages import Schedule, Stage
+from mmfuse.training.streaming import StreamState
 
 MODALITIES = tuple(modality.name.lower() for modality in Modality)
 
@@ -112,7 +114,8 @@ class MultimodalModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         # Buffers are copied, not averaged: an average of integer buffers would be truncated.
-        return [] if self.ema_decay is None else [EMAWeightAveraging(decay=self.ema_decay, use_buffers=False)]
+        average = [] if self.ema_decay is None else [EMAWeightAveraging(decay=self.ema_decay, use_buffers=False)]
+        return [StreamState(), *average]
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = []
@@ -139,7 +142,7 @@ class MultimodalModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The *sum* of the loss over the supervised tokens; `on_before_optimizer_step` divides by their number."""
         index, _, _ = self.schedule.at(self.global_step)
-        inputs = {name: value for name, value in batch.items() if name != "keys"}
+        inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
         output = self.network(**inputs, return_logits=False, fusion=self.stage_fusions[index])
         total = output.loss * output.supervised
         tokens = batch["tokens"]

@@ -12,12 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader
 
-from mmfuse.data import BatchPlan, MixtureDataset, Sample, StagePlan, open_source
+from mmfuse.data import open_source
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.data.sources import expand_braces
 from mmfuse.data.sources.files import MAX_OPEN
@@ -232,28 +230,6 @@ def test_a_copy_in_another_process_reads_the_same(kind: str, handwriting: Path, 
     expected = texts(source)
     copy = pickle.loads(pickle.dumps(source))  # noqa: S301  # safe: pickled on this line
     assert texts(copy) == expected and copy.fingerprint() == source.fingerprint()
-
-
-def plain(samples: list[Sample]) -> list[tuple]:
-    return [(one.key, one.text, one.messages, [np.asarray(image).tolist() for image in one.images]) for one in samples]
-
-
-def test_workers_yield_the_same_batches(handwriting: Path) -> None:
-    sources = {
-        "align": open_source(handwriting / "align-*.tar"),
-        "instruct": open_source(handwriting / "instruct-*.tar"),
-    }
-    # Read before forking: the descriptors are shared from here on.
-    assert sources["align"][0].text and sources["instruct"][0].messages
-    plan = BatchPlan(
-        {name: len(source) for name, source in sources.items()}, [StagePlan({"align": 1, "instruct": 2}, 12)], 4
-    )
-    loaders = [
-        DataLoader(MixtureDataset(sources), batch_sampler=plan, num_workers=workers, collate_fn=plain)
-        for workers in (0, 2)
-    ]
-    first, second = (list(loader) for loader in loaders)
-    assert len(first) == 12 and first == second
 
 
 @pytest.mark.slow

@@ -40,9 +40,24 @@ class Source(Protocol):
 
     name: str
 
+    @property
+    def parts(self) -> Sequence[int]:
+        """Number of samples in each shard, or in each run of neighbours; reading within one is cheap."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def key(self, index: int) -> str:
+        """Return what names the sample in messages, without reading it."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the sample with this number."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """Return the same sample with media that are still to be decoded, see `Undecoded`."""
+        ...
 
     def fingerprint(self) -> str:
         """Return a hash that is another one when the data are; where they lie does not matter."""

@@ -7,21 +7,24 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
+from mmfuse.data.sources.features import FEATURE_FORMATS
 from mmfuse.data.sources.files import FilePool
-from mmfuse.data.sources.images import decode_image
 from mmfuse.data.sources.records import parse_record
+from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.errors import DataError
 from mmfuse.models.media import MEDIA
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
+#: Records whose media are likely to lie together.
+_PART: Final = 1024
 
 
 class JSONSource:
@@ -54,13 +57,24 @@ class JSONSource:
         self._spans = np.array(spans, dtype=np.int64)
         self._digest = hashlib.sha256(data).hexdigest()
 
+    @property
+    def parts(self) -> list[int]:
+        whole, rest = divmod(len(self), _PART)
+        return [_PART] * whole + ([rest] if rest else [])
+
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Sample:
+        return decoded(self.read(index))
+
+    def key(self, index: int) -> str:
+        return f"{self.name}[{range(len(self))[index]}]"
+
+    def read(self, index: int) -> Sample:
         at = range(len(self))[index]
         begin, end = self._spans[at].tolist()
-        key = f"{self.name}[{at}]"
+        key = self.key(at)
         record = parse_record(json.loads(self._pool.read(0, begin, end - begin)), key)
         media = {
             modality: tuple(self._medium(modality, name, key) for name in names)
@@ -74,17 +88,9 @@ class JSONSource:
         """Return a SHA-256 over the file's name and contents; its media do not enter."""
         return hashlib.sha256(json.dumps([self.name, self._digest]).encode()).hexdigest()
 
-    def _medium(self, modality: str, name: str, key: str) -> Any:
+    def _medium(self, modality: str, name: str, key: str) -> Undecoded:
         path = self._path(modality, name, key)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{key}: there is no {modality} {path}") from error
-        except OSError as error:
-            raise OSError(f"{key}: cannot read the {modality} {path}: {error}") from error
-        ending = _ending(path)
-        where = f"{key}, {path}"
-        return decode_features(data, ending, where) if ending in FEATURE_FORMATS else decode_image(data, where)
+        return Undecoded(partial(_file_bytes, path, modality, key), _ending(path), f"{key}, {path}")
 
     def _path(self, modality: str, name: str, where: str) -> Path:
         """Data bring names from elsewhere: none may lead out of the folder of images."""
@@ -98,6 +104,15 @@ class JSONSource:
             formats = ", ".join(f".{ending}" for ending in FEATURE_FORMATS)
             raise DataError(f"{where}: the {modality} {name!r} holds no features; expected one of {formats}")
         return path
+
+
+def _file_bytes(path: Path, modality: str, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: there is no {modality} {path}") from error
+    except OSError as error:
+        raise OSError(f"{key}: cannot read the {modality} {path}: {error}") from error
 
 
 def _ending(path: Path) -> str:
