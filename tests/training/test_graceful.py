@@ -15,8 +15,9 @@ import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
+from mmfuse.data.workers import shield_worker
 from mmfuse.training.checkpoints import damage, read_checkpoint
-from mmfuse.training.graceful import SIGNALS, shield_worker
+from mmfuse.training.graceful import SIGNALS
 from mmfuse.training.module import MultimodalModule
 
 Command = Callable[..., Any]
