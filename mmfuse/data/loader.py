@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mmfuse.data.stream import ORIGIN, BatchStream, Failure, Place, first_places
+from mmfuse.data.workers import shield_worker
 from mmfuse.errors import ConfigError, RunError
 
 VERSION: Final = 1
@@ -39,7 +40,14 @@ class StreamLoader:
         stream = self.stream
         # A generator of its own: starting an iterator must not draw from the one that dropout uses.
         generator = torch.Generator().manual_seed(stream.encoding.seed)
-        loader = DataLoader(stream, batch_size=None, collate_fn=_as_it_is, generator=generator, **self._options)
+        loader = DataLoader(
+            stream,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            generator=generator,
+            worker_init_fn=shield_worker,
+            **self._options,
+        )
         for number, batch in enumerate(loader, start=stream.start):
             if isinstance(batch, Failure):
                 raise batch.error

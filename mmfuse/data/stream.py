@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -12,11 +13,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 from mmfuse.data.augmentation import ImageAugmentation
 from mmfuse.data.packing import is_supervised, pack, truncate
 from mmfuse.data.plan import Draw, Plan
+from mmfuse.data.quarantine import BadSampleLimit, Quarantine, retried
 from mmfuse.data.samples import encode_sample
 from mmfuse.data.shuffle import number_of, permutation
 from mmfuse.data.sources import Source
 from mmfuse.data.sources.undecoded import decode
-from mmfuse.errors import ConfigError, DataError
+from mmfuse.errors import ConfigError, DataError, RunError
 from mmfuse.models import MultimodalProcessor
 from mmfuse.models.chat import EncodedSample
 
@@ -41,6 +43,7 @@ class StreamSettings:
         lanes: into how many parts the order of samples is dealt. Ranks x workers must divide it.
         augment: random changes of training images.
         timeout: seconds after which workers that bring no batch end the run; 0 waits for ever.
+        bad_samples: how many samples of a source may be unusable before the run ends.
         allow_changes: resume although the data or these settings are others than before; samples are then repeated or
             left out.
 
@@ -56,6 +59,7 @@ class StreamSettings:
     lanes: int = 48
     augment: ImageAugmentation | None = None
     timeout: float = 600.0
+    bad_samples: BadSampleLimit = field(default_factory=BadSampleLimit)
     allow_changes: bool = False
 
     def __post_init__(self) -> None:
@@ -129,7 +133,8 @@ class Origin(NamedTuple):
         batch: its number among the batches of all ranks.
         stage, lane: which lane of which stage it comes from.
         after: the lane's next row.
-        counts: how many samples there were of each kind, by `kind/source`: `used`, `truncated`, `dropped`.
+        counts: how many samples there were of each kind, by `kind/source`: `used`, `truncated`, `dropped`,
+            `bad`.
         ids: `source/key` of each sample, in the order of the rows.
     """
 
@@ -151,6 +156,7 @@ class Encoding:
         settings: what a window becomes.
         batch_size: rows in a batch.
         seed: of augmentation, and of the order of rows.
+        quarantine: where samples that cannot be used are written down.
     """
 
     sources: Mapping[str, Source]
@@ -158,6 +164,7 @@ class Encoding:
     settings: StreamSettings
     batch_size: int
     seed: int
+    quarantine: Quarantine = field(default_factory=lambda: Quarantine(None))
 
     def rows(self, stage: int, window: int, draws: Sequence[Draw]) -> tuple[list[list[Drawn]], Counter[str]]:
         """The rows of a window, and counts of what did not go into them as it was."""
@@ -178,8 +185,16 @@ class Encoding:
         return [[kept[one]] for one in numbers], counts
 
     def _encoded(self, draw: Draw, counts: Counter[str]) -> Drawn | None:
-        sample = self.sources[draw.source].read(draw.sample)
-        encoded = encode_sample(sample, self.processor.encoder)
+        source = self.sources[draw.source]
+        key = source.key(draw.sample)
+        encoded = self.quarantine.attempt(
+            draw.source,
+            key,
+            lambda: encode_sample(retried(lambda: source.read(draw.sample), key), self.processor.encoder),
+        )
+        if encoded is None:
+            counts[f"bad/{draw.source}"] += 1
+            return None
         limit = self.settings.limit
         if limit is None or len(encoded) <= limit:
             return Drawn(draw, encoded)
@@ -195,14 +210,32 @@ class Encoding:
         counts[f"truncated/{draw.source}"] += 1
         return Drawn(draw, short)
 
+    def decoded(self, rows: Sequence[Sequence[Drawn]], counts: Counter[str]) -> list[list[Drawn]]:
+        """Decode the media of rows; samples whose media are damaged are counted and left out, and rows of only such."""
+        kept = []
+        for row in rows:
+            good = []
+            for drawn in row:
+                source, key = drawn.draw.source, drawn.encoded.key
+                ready = self.quarantine.check(source, key, partial(self._ready, drawn))
+                if ready is None:
+                    counts[f"bad/{source}"] += 1
+                else:
+                    good.append(Drawn(drawn.draw, ready))
+            kept += [good] if good else []
+        return kept
+
     def batch(self, rows: Sequence[Sequence[Drawn]]) -> dict[str, Any]:
-        """Decode the media of rows, and collate: the network's inputs, and `keys` to name samples by."""
-        ready = [[self._ready(drawn) for drawn in row] for row in rows]
+        """Collate rows of decoded samples: the network's inputs, and `keys` to name samples by."""
+        ready = [[drawn.encoded for drawn in row] for row in rows]
         keys = [sample.key for row in ready for sample in row]
         return {**self.processor.collate_rows(ready), "keys": keys}
 
     def _ready(self, drawn: Drawn) -> EncodedSample:
-        media = {name: [decode(item) for item in items] for name, items in drawn.encoded.media.items()}
+        media = {
+            name: [retried(partial(decode, item), drawn.encoded.key) for item in items]
+            for name, items in drawn.encoded.media.items()
+        }
         augment = self.settings.augment
         if augment is not None and "image" in media:
             rng = drawn.draw.generator(self.seed)
@@ -261,12 +294,16 @@ class BatchStream(IterableDataset[dict[str, Any]]):
                 open_lanes[lane] = _Lane(self.plan, self.encoding, stage, places[lane])
             try:
                 yield self._batch(batch, stage, lane, open_lanes[lane])
-            except (DataError, ConfigError, OSError) as error:
+            except (DataError, ConfigError, RunError, OSError) as error:
                 yield Failure(error)
                 return
 
     def _batch(self, number: int, stage: int, lane: int, opened: _Lane) -> dict[str, Any]:
-        rows, counts = opened.take(self.encoding.batch_size)
+        rows, counts = list[list[Drawn]](), Counter[str]()
+        while (missing := self.encoding.batch_size - len(rows)) > 0:
+            taken, new = opened.take(missing)
+            counts.update(new)
+            rows += self.encoding.decoded(taken, counts)
         drawn = [one for row in rows for one in row]
         counts.update(f"used/{one.draw.source}" for one in drawn)
         ids = [f"{one.draw.source}/{one.encoded.key}" for one in drawn]

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from mmfuse.data import Plan, Sample, Source, StagePlan, StreamLoader, encode_sample, open_source
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.data.loader import StreamProgress
+from mmfuse.data.quarantine import QUARANTINE, Quarantine
 from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
@@ -134,10 +135,16 @@ class MultimodalData(LightningDataModule):
             window_is_batch=self.stream.window_is_batch,
         )
 
-    def encoding(self, processor: MultimodalProcessor) -> Encoding:
-        """What makes batches of drawn samples."""
+    def encoding(self, processor: MultimodalProcessor, quarantine: Path | None = None) -> Encoding:
+        """What makes batches of drawn samples.
+
+        Args:
+            processor: encodes samples.
+            quarantine: the file that samples are written down in that cannot be used.
+        """
         sources = {name: self.sources[name] for name in self._mixed()}
-        return Encoding(sources, processor, self.stream, self.batch_size, self.seed)
+        bad = Quarantine(quarantine, self.stream.bad_samples)
+        return Encoding(sources, processor, self.stream, self.batch_size, self.seed, bad)
 
     def train_dataloader(self) -> StreamLoader:
         trainer = self.trainer
@@ -157,7 +164,7 @@ class MultimodalData(LightningDataModule):
         lanes = self.progress.places(plan.stage_of(first)) if first < len(plan) else None
         stream = BatchStream(
             plan,
-            self.encoding(self.processor),
+            self.encoding(self.processor, Path(trainer.default_root_dir) / QUARANTINE),
             rank=trainer.global_rank,
             world=world,
             workers=self.num_workers,

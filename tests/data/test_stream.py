@@ -52,6 +52,9 @@ class Captions:
     def __len__(self) -> int:
         return self._size
 
+    def key(self, index: int) -> str:
+        return f"{self.name}[{index}]"
+
     def __getitem__(self, index: int) -> Sample:
         raise AssertionError("the stream reads samples without their media first")
 

@@ -49,6 +49,10 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
+    def key(self, index: int) -> str:
+        """Return what names the sample in messages, without reading it."""
+        ...
+
     def __getitem__(self, index: int) -> Sample:
         """Return the sample with this number."""
         ...

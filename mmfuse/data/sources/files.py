@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from mmfuse.errors import DataError
+from mmfuse.errors import SourceError
 
 #: Of one pool and process: well below the usual limit of 1024, however many shards a source has.
 MAX_OPEN: Final = 64
@@ -48,7 +48,7 @@ class FilePool:
         """Return up to `size` bytes; fewer at the end of the file.
 
         Raises:
-            DataError: the file is another one than when the pool was made.
+            SourceError: the file is another one than when the pool was made.
             OSError: it cannot be read.
         """
         handle = self._open.pop(number, None) or self._opened(number)
@@ -68,7 +68,7 @@ class FilePool:
         handle = _Handle(self.paths[number])
         stat = os.fstat(handle.fd)
         if (stat.st_size, stat.st_mtime_ns) != (self.sizes[number], self._times[number]):
-            raise DataError(f"{self.paths[number]} has changed since it was indexed; start again to read the new one")
+            raise SourceError(f"{self.paths[number]} has changed since it was indexed; start again to read the new one")
         return handle
 
     def __getstate__(self) -> dict[str, Any]:

@@ -47,9 +47,12 @@ class FolderSource:
     def __getitem__(self, index: int) -> Sample:
         return decoded(self.read(index))
 
+    def key(self, index: int) -> str:
+        return str(self._pairs[index][0].relative_to(self._folder))
+
     def read(self, index: int) -> Sample:
         image, text = self._pairs[index]
-        key = str(image.relative_to(self._folder))
+        key = self.key(index)
         try:
             content = text.read_text(encoding="utf-8")
             raw: Any = json.loads(content) if text.suffix == ".json" else {"text": _marked(content.strip())}

@@ -67,11 +67,13 @@ class JSONSource:
     def __getitem__(self, index: int) -> Sample:
         return decoded(self.read(index))
 
+    def key(self, index: int) -> str:
+        return f"{self.name}[{range(len(self))[index]}]"
+
     def read(self, index: int) -> Sample:
         at = range(len(self))[index]
         begin, end = self._spans[at].tolist()
-        key = f"{self.name}[{at}]"
-        return sample_of_record(json.loads(self._pool.read(0, begin, end - begin)), key, self._root)
+        return sample_of_record(json.loads(self._pool.read(0, begin, end - begin)), self.key(at), self._root)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the file's name and contents; its media do not enter."""

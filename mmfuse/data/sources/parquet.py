@@ -71,13 +71,17 @@ class ParquetSource:
     def __getitem__(self, index: int) -> Sample:
         return decoded(self.read(index))
 
+    def key(self, index: int) -> str:
+        at = range(len(self))[index]
+        file, _ = self._groups[int(np.searchsorted(self._ends, at, side="right"))]
+        return f"{self._paths[file].name}[{at}]"
+
     def read(self, index: int) -> Sample:
         at = range(len(self))[index]
         number = int(np.searchsorted(self._ends, at, side="right"))
         row = at - int(self._ends[number] - self._counts[number])
-        key = f"{self._paths[self._groups[number][0]].name}[{at}]"
         raw = self._table(number).slice(row, 1).to_pylist()[0]
-        return _sample({name: value for name, value in raw.items() if value is not None}, key)
+        return _sample({name: value for name, value in raw.items() if value is not None}, self.key(at))
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over names, sizes and the tables at the end of the files."""

@@ -26,7 +26,7 @@ from mmfuse.data.sources.images import FORMATS
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.tar import Member, members
 from mmfuse.data.sources.undecoded import Undecoded, decoded
-from mmfuse.errors import DataError
+from mmfuse.errors import DataError, SourceError
 from mmfuse.models.media import MEDIA
 
 _IMAGE: Final = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(FORMATS)})")
@@ -91,12 +91,20 @@ class ShardSource:
     def __getitem__(self, index: int) -> Sample:
         return decoded(self.read(index))
 
-    def read(self, index: int) -> Sample:
+    def key(self, index: int) -> str:
+        return self._place(index)[2]
+
+    def _place(self, index: int) -> tuple[int, int, str]:
+        """Shard, row in it, and key of a sample."""
         at = range(len(self))[index]
         number = int(np.searchsorted(self._ends, at, side="right"))
-        shard = self._shards[number]
         row = at - (int(self._ends[number - 1]) if number else 0)
-        key = f"{self._pool.paths[number].name}:{shard.keys[row].decode(errors='replace')}"
+        key = self._shards[number].keys[row].decode(errors="replace")
+        return number, row, f"{self._pool.paths[number].name}:{key}"
+
+    def read(self, index: int) -> Sample:
+        number, row, key = self._place(index)
+        shard = self._shards[number]
         own = slice(int(shard.begins[row]), int(shard.begins[row + 1]))
         kinds, offsets, sizes = (column[own].tolist() for column in (shard.kinds, shard.offsets, shard.sizes))
         parts = [partial(self._bytes, number, key, *place) for place in zip(offsets, sizes, strict=True)]
@@ -105,7 +113,7 @@ class ShardSource:
     def _bytes(self, number: int, key: str, offset: int, size: int) -> bytes:
         data = self._pool.read(number, offset, size)
         if len(data) != size:
-            raise DataError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
+            raise SourceError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
         return data
 
     def fingerprint(self) -> str:

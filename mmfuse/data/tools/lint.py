@@ -122,7 +122,7 @@ def _read(source: Source) -> Iterator[tuple[str, Sample | Exception]]:
         try:
             sample = source.read(number)
         except (DataError, OSError) as error:
-            yield f"{source.name}[{number}]", error
+            yield source.key(number), error
         else:
             yield sample.key, sample
 

@@ -135,7 +135,7 @@ def _shard(source: Source, numbers: range, path: Path, skip_bad: bool) -> Packed
                     except (DataError, OSError) as error:
                         if not skip_bad:
                             raise
-                        skipped.append((f"{source.name}[{number}]", str(error)))
+                        skipped.append((source.key(number), str(error)))
                         continue
                     writer.write(members)
                     written += 1
