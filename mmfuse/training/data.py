@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from mmfuse.data import Plan, Sample, Source, StagePlan, StreamLoader, encode_sample, open_source
+from mmfuse.data.cache import default_cache
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.data.loader import StreamProgress
 from mmfuse.data.quarantine import QUARANTINE, Quarantine
@@ -272,10 +272,3 @@ class HandwritingData(MultimodalData):
 
     def prepare_data(self) -> None:
         write_shards(self.folder, self.scenes)
-
-
-def default_cache() -> Path:
-    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if "MMFUSE_CACHE" in os.environ:
-        return Path(os.environ["MMFUSE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"

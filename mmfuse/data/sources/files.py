@@ -35,13 +35,14 @@ class FilePool:
 
     Attributes:
         sizes: of the files in bytes, when the pool was made.
+        times: of their last changes, in nanoseconds.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         stats = [path.stat() for path in self.paths]
         self.sizes = tuple(stat.st_size for stat in stats)
-        self._times = tuple(stat.st_mtime_ns for stat in stats)
+        self.times = tuple(stat.st_mtime_ns for stat in stats)
         self._open: OrderedDict[int, _Handle] = OrderedDict()
 
     def read(self, number: int, offset: int, size: int) -> bytes:
@@ -67,7 +68,7 @@ class FilePool:
     def _opened(self, number: int) -> _Handle:
         handle = _Handle(self.paths[number])
         stat = os.fstat(handle.fd)
-        if (stat.st_size, stat.st_mtime_ns) != (self.sizes[number], self._times[number]):
+        if (stat.st_size, stat.st_mtime_ns) != (self.sizes[number], self.times[number]):
             raise SourceError(f"{self.paths[number]} has changed since it was indexed; start again to read the new one")
         return handle
 
