@@ -90,7 +90,7 @@ class MultimodalCLI(LightningCLI):
         parser.add_argument("--stages", type=list[Stage], help="What is trained, on what, for how many steps.")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="Steps between `last` checkpoints.")
         parser.add_argument(
-            "--log_samples", "--log-samples", action="store_true", help="Write the samples of each step to samples.jsonl."
+            "--log_samples", "--log-samples", action="store_true", help="Write each step's samples to samples.jsonl."
         )
         parser.link_arguments("stages", "model.stages")
         parser.link_arguments("stages", "data.init_args.stages")
