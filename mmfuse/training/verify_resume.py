@@ -66,7 +66,7 @@ def verify_resume(words: Sequence[str], out: Path, *, kills: int, steps: int, se
         RunError: a run fails by itself.
     """
     every = max(1, steps // (2 * kills))
-    words = [*words, "--trainer.max_steps", str(steps), "--checkpoint_every", str(every), "--log_samples", "true"]
+    words = [*words, "--trainer.max_steps", str(steps), "--checkpoint_every", str(every), "--log_samples"]
     whole = Trial(words, out / "whole", out / f"whole-{LOG}")
     if code := whole.wait():
         raise RunError(f"the run that is left alone ends with {code}: {whole.last_words()}")

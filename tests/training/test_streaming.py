@@ -104,6 +104,7 @@ def test_packed_run_goes_on_after_a_crash_with_other_workers(
     assert len(json.dumps(data_state(whole))) < 1000
 
 
+@pytest.mark.slow
 def test_changed_data_are_refused_by_name(
     mmfuse: Command, write_config: WriteConfig, tmp_path: Path, finished: Path
 ) -> None:
