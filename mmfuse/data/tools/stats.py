@@ -17,6 +17,7 @@ from mmfuse.data.sources import Source
 from mmfuse.data.sources.images import FORMATS
 from mmfuse.data.sources.undecoded import Undecoded
 from mmfuse.errors import DataError
+from mmfuse.models.media import MEDIA
 
 
 @dataclass
@@ -66,8 +67,8 @@ def statistics(source: Source, measure: Callable[[Sample], int], unit: str, limi
         found.add(f"length ({unit})", measure(sample))
         found.add("messages", len(sample.messages or ()) or 1)
         for name, items in sample.media.items():
-            if items:
-                found.add(f"{name} per sample", len(items))
+            if items or name == "image":
+                found.add(f"{MEDIA[name].plural} per sample", len(items))
             for item in items:
                 assert isinstance(item, Undecoded)
                 data = item.read()
@@ -115,7 +116,7 @@ def plot(found: Statistics, title: str, path: Path) -> None:
     axes: Any = figure.subplots(down, across, squeeze=False)
     for number, name in enumerate(names):
         axis = axes[number // across][number % across]
-        axis.hist(found.columns[name], bins=40, color="#4477aa")
+        axis.hist(found.columns[name], bins=_bins(found.columns[name]), color="#4477aa")
         axis.axvline(float(np.median(found.columns[name])), color="#cc3311", linewidth=1.2, label="median")
         axis.set_xlabel(name)
         axis.set_ylabel("images" if "px" in name or "KiB" in name else "samples")
@@ -125,3 +126,10 @@ def plot(found: Statistics, title: str, path: Path) -> None:
         axes[number // across][number % across].set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def _bins(values: Sequence[float]) -> Any:
+    """A bar for each number, where they are few whole ones."""
+    low, high = min(values), max(values)
+    few = high - low < 20 and all(value == int(value) for value in values)
+    return np.arange(low - 0.5, high + 1.5) if few else 40
