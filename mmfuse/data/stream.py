@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, Literal, NamedTuple
 
+import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmfuse.data.augmentation import ImageAugmentation
@@ -197,7 +198,7 @@ class Encoding:
             return None
         limit = self.settings.limit
         if limit is None or len(encoded) <= limit:
-            return Drawn(draw, encoded)
+            return Drawn(draw, self._kept(encoded))
         if self.settings.too_long == "error":
             raise DataError(
                 f"{encoded.key}: {len(encoded)} tokens, more than the {limit} that fit; see stream.too_long and "
@@ -208,7 +209,13 @@ class Encoding:
             counts[f"dropped/{draw.source}"] += 1
             return None
         counts[f"truncated/{draw.source}"] += 1
-        return Drawn(draw, short)
+        return Drawn(draw, self._kept(short))
+
+    def _kept(self, sample: EncodedSample) -> EncodedSample:
+        """As small as can be where a lane keeps it until its row is due: 12 bytes a token."""
+        if self.settings.window_is_batch:
+            return sample
+        return replace(sample, input_ids=sample.input_ids.astype(np.int32), table=sample.table.astype(np.int16))
 
     def decoded(self, rows: Sequence[Sequence[Drawn]], counts: Counter[str]) -> list[list[Drawn]]:
         """Decode the media of rows; samples whose media are damaged are counted and left out, and rows of only such."""
@@ -345,6 +352,7 @@ class _Lane:
                     )
             new = self._rows[self.place.row : self.place.row + count - len(taken)]
             taken += new
+            self._rows[self.place.row : self.place.row + len(new)] = [[]] * len(new)
             self.place = Place(self.place.window, self.place.row + len(new))
             if self.place.row >= len(self._rows):
                 self.place, self._rows = Place(self.place.window + self._plan.lanes, 0), None

@@ -10,7 +10,14 @@ from mmfuse.errors import DataError, unknown
 from mmfuse.models.chat import Message
 from mmfuse.models.media import MEDIA
 
-_SPEAKERS: Final = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS: Final = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 _ROLES: Final = ("system", "user", "assistant")
 _BODIES: Final = ("messages", "conversations", "text")
 _UNREAD: Final = ("video", "videos")
