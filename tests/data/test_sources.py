@@ -145,7 +145,9 @@ def test_a_folder_without_one_source_is_refused(folder: Path) -> None:
 
 
 def test_other_kinds_of_files_are_refused(folder: Path) -> None:
-    assert refused(folder / "cat.png").endswith("cat.png: unknown kind of data; expected .tar, .json, .jsonl or .parquet")
+    assert refused(folder / "cat.png").endswith(
+        "cat.png: unknown kind of data; expected .tar, .json, .jsonl or .parquet"
+    )
     (folder / "a.tar.gz").write_bytes(b"")
     assert refused(folder / "a.tar.gz").endswith("compressed shards cannot be read at random, unpack them to .tar")
     assert "patterns name .tar shards, and" in refused(folder / "*.png")
