@@ -50,6 +50,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
     expected = {"fit", "validate", "test", "predict", "compare", "generate", "explain", "profile", "list"}
+    expected |= {"verify-resume", "chaos"}
     assert set(COMMANDS) == expected
 
 

@@ -69,7 +69,8 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
     """Open the data at `path` and check their structure.
 
     Args:
-        path: a URL of `.tar` shards (http, https, s3, gs), which are fetched into a cache; or a `.tar` shard; a folder of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json`
+        path: a URL of `.tar` shards (http, https, s3, gs), which are fetched into a cache; or a `.tar` shard;
+            a folder of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json`
             or `.jsonl` file of LLaVA conversations, chats or documents; or a folder that holds one such file. A folder
             that holds shards is read as shards, whatever else it holds.
         images: for JSON: the folder to which names of images are relative, if it is not the file's own.
