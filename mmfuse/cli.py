@@ -41,7 +41,7 @@ COMMANDS: dict[str, Command] = {
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "data": Command("mmfuse.training.data_commands", "main", "pack data into shards, lint, count and show them"),
     "verify-resume": Command(
-        "mmfuse.training.verify_resume", "main", "kill a run again and again, compare with a whole one"
+        "mmfuse.training.verify_resume", "main", "kill a run many times, compare with a whole one"
     ),
     "chaos": Command("mmfuse.training.chaos", "main", "break a run in known ways and say whether it survives"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import signal
+import struct
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -137,18 +138,26 @@ def _flipped_bit(words: list[str], out: Path, steps: int) -> Outcome:
     if code := trial.wait():
         return Outcome(False, f"the run ends with {code} by itself: {trial.last_words()}")
     path = last_path(run)
-    whole = path.with_suffix(".whole")
-    shutil.copy(path, whole)
-    with path.open("r+b") as file:
-        file.seek(path.stat().st_size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, 1)
-        file.write(bytes([byte ^ 1]))
+    flip_bit(path)
     try:
         resolve_checkpoint("last", run)
     except ConfigError as error:
         return Outcome("previous.ckpt is whole" in str(error), str(error))
     return Outcome(False, "the damaged checkpoint was accepted")
+
+
+def flip_bit(path: Path) -> None:
+    """Flip one bit in the middle of the largest record of a checkpoint: between records is padding, which means nothing."""
+    with zipfile.ZipFile(path) as archive:
+        record = max(archive.infolist(), key=lambda info: info.file_size)
+    with path.open("r+b") as file:
+        file.seek(record.header_offset + 26)
+        name, extra = struct.unpack("<HH", file.read(4))
+        at = record.header_offset + 30 + name + extra + record.file_size // 2
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
 
 
 #: By name, in the order of the table.

@@ -120,7 +120,7 @@ def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None if every byte of it is as it was written.
+    """What is wrong with a checkpoint, or None if every record of it is as it was written.
 
     torch reads archives without comparing checksums, so that a flipped bit in a weight would go unnoticed.
     """

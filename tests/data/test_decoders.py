@@ -94,7 +94,7 @@ def test_audio(ending: str) -> None:
     found = decode_file(file.getvalue(), ending, "a")
     assert isinstance(found, Recording) and found.rate == 16000 and found.values.shape[1] == 2
     assert found.values.dtype == np.float32 and abs(float(found.values[4000:12000, 0].std()) - 0.354) < 0.02
-    with pytest.raises(DataError, match="1 seconds, more than the limit of 0.5"):
+    with pytest.raises(DataError, match=r"1 seconds, more than the limit of 0\.5"):
         decode_file(file.getvalue(), ending, "a", Budget(seconds=0.5))
 
 
@@ -141,7 +141,7 @@ def npy_of(count: int) -> bytes:
 def test_bombs_and_damage_are_named_before_they_are_decoded(
     data: bytes, ending: str, budget: Budget, says: str
 ) -> None:
-    with pytest.raises(DataError, match="^shard:key: ") as raised:
+    with pytest.raises(DataError, match=r"^shard:key: ") as raised:
         decode_file(data, ending, "shard:key", budget)
     assert says in str(raised.value)
 

@@ -144,6 +144,21 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.slow
+def test_rank_that_dies_ends_the_job_with_a_message(
+    write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    stages = [{**settings["stages"][1], "steps": 3000}]
+    config = write_config({"stages": stages, "checkpoint_every": 2, "trainer": {"val_check_interval": 3000}})
+    process = started(config, tmp_path / "run", 5)
+    (child,) = children(process.pid)
+    os.kill(child, signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode != 0
+    assert "onnection" in error or "peer" in error, error
+    assert damage(tmp_path / "run" / "checkpoints" / "last.ckpt") is None
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["rank 0", "rank 1", "all"])
 def test_two_ranks_stop_at_the_same_step(
     to: str, write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]

@@ -11,6 +11,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+from mmfuse.data.remote import RemoteCache, check_scheme
 from mmfuse.data.samples import Sample
 from mmfuse.data.sources.folder import FolderSource
 from mmfuse.data.sources.json_files import JSONSource
@@ -70,9 +71,10 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
     """Open the data at `path` and check their structure.
 
     Args:
-        path: a `.tar` shard; a folder of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json`
-            or `.jsonl` file of LLaVA conversations, chats or documents; a `.parquet` file with images inside; a folder
-            that holds one such file, or several of parquet; or a folder of images with a text beside each. A folder
+        path: a URL of `.tar` shards (http, https, s3, gs), which are fetched into a cache; or a `.tar` shard; a folder
+            of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json` or `.jsonl` file of LLaVA
+            conversations, chats or documents; a `.parquet` file with images inside; a folder that holds one such file,
+            or several of parquet; or a folder of images with a text beside each. A folder
             that holds shards is read as shards, whatever else it holds.
         images: for JSON: the folder to which names of images are relative, if it is not the file's own.
 
@@ -81,11 +83,8 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
         DataError: a URL, or data that cannot be used; see `ShardSource` and `JSONSource`.
     """
     given = os.path.expanduser(os.fspath(path))
-    if url := _URL.match(given):
-        raise DataError(
-            f"{given}: {url[0]} is not supported: sources are local files, remote shards cannot be streamed yet; "
-            "download them first"
-        )
+    if _URL.match(given):
+        return _open_remote(given, images)
     place = Path(given)
     if images is not None and not Path(images).expanduser().is_dir():
         raise FileNotFoundError(f"{images}: there is no such folder of images")
@@ -154,6 +153,24 @@ def _matches(pattern: str) -> list[Path]:
         if path.suffix != ".tar":
             raise DataError(f"{pattern}: patterns name .tar shards, and {path} is none")
     return paths
+
+
+def _open_remote(given: str, images: str | Path | None) -> ShardSource:
+    """Fetch the shards that a URL with braces names, and open the copies."""
+    check_scheme(given)
+    urls = expand_braces(given)
+    for url in urls:
+        if not url.endswith(".tar"):
+            raise DataError(f"{url}: URLs name .tar shards, with braces for several, such as train-{{0000..0003}}.tar")
+    paths = RemoteCache(cache_folder() / "remote").fetch(urls)
+    return _open_shards(Path(given).name, paths, images)
+
+
+def cache_folder() -> Path:
+    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if "MMFUSE_CACHE" in os.environ:
+        return Path(os.environ["MMFUSE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"
 
 
 def _only_json(folder: Path) -> Path:
