@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch.utils.data import DataLoader
 
-from mmfuse.data import MixtureDataset
+from mmfuse.data import BatchStream, StreamLoader
+from mmfuse.data.stream import ORIGIN
 from mmfuse.training.callbacks import StepMetrics
 from mmfuse.training.cli import parse_and_build
-from mmfuse.training.data import MultimodalData, TrainingCollate
+from mmfuse.training.data import MultimodalData
 from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
 
@@ -42,12 +42,10 @@ class StepTimer(Callback):
 def bare_loop(module: MultimodalModule, data: MultimodalData, start: int, steps: int) -> list[float]:
     network, processor = module.network.train(), module.processor
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=1e-4, betas=(0.9, 0.95))
-    plan = data.plan(start=start)
-    sources = MixtureDataset({name: data.sources[name] for name in plan.sizes})
-    loader = DataLoader(sources, batch_sampler=plan, collate_fn=TrainingCollate(processor))
+    loader = StreamLoader(BatchStream(data.plan(), data.encoding(processor), start=start))
     marks: list[float] = []
     for batch in loader:
-        batch.pop("keys")
+        del batch["keys"], batch[ORIGIN]
         network(**batch, return_logits=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

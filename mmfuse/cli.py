@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from mmfuse import __version__
-from mmfuse.errors import ConfigError, DataError, RunError, unknown
+from mmfuse.errors import ConfigError, DataError, RunError, StoppedError, unknown
 
 EXIT_OK, EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -40,6 +40,11 @@ COMMANDS: dict[str, Command] = {
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "kernels": Command("mmfuse.training.kernels", "main", "which attention backend runs a mask of a shape, and why"),
+    "data": Command("mmfuse.training.data_commands", "main", "pack data into shards, lint, count and show them"),
+    "verify-resume": Command(
+        "mmfuse.training.verify_resume", "main", "kill a run many times, compare with a whole one"
+    ),
+    "chaos": Command("mmfuse.training.chaos", "main", "break a run in known ways and say whether it survives"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),
 }
 
@@ -62,7 +67,7 @@ def help_text(commands: Mapping[str, Command]) -> str:
             "  -V, --version  show the version",
             "",
             "start here:  mmfuse fit --config configs/aki.yaml",
-            "exit codes:  0 done, 1 a failure inside, 2 a mistake in the request, 130 interrupted",
+            "exit codes:  0 done, 1 a failure inside, 2 a mistake in the request, 130 interrupted, 143 stopped, saved",
             "MMFUSE_DEBUG=1 shows the traceback of a mistake, too.",
         ]
     )
@@ -90,6 +95,9 @@ def run(command: Command, argv: Sequence[str]) -> int:
     try:
         function = getattr(importlib.import_module(command.module), command.function)
         return function(list(argv)) or EXIT_OK
+    except StoppedError as stop:
+        print(f"mmfuse: {stop}", file=sys.stderr)
+        return stop.exit_code
     except (RunError, *USER_ERRORS) as error:
         if os.environ.get("MMFUSE_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()

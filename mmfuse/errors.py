@@ -14,8 +14,19 @@ class DataError(ValueError):
     """A file or sample cannot be used; the message names it and what was expected."""
 
 
+class SourceError(DataError):
+    """A file that many samples come from cannot be trusted: no matter of one sample, which could be left out."""
+
+
 class RunError(RuntimeError):
     """A run cannot go on, and the program is not to blame; the message says why and what to do."""
+
+
+class StoppedError(RunError):
+    """A run was asked to stop by a signal and has saved its state; the message says where, and how it goes on."""
+
+    #: What a process killed by SIGTERM has in a shell; launchers and schedulers know it.
+    exit_code = 143
 
 
 def unknown(kind: str, name: object, options: Iterable[str]) -> str:

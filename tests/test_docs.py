@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mmfuse.cli import COMMANDS
+from mmfuse.data import StreamSettings
 from mmfuse.fusion import FUSIONS
 from mmfuse.models.connectors import build_connector
 from mmfuse.models.encoders import build_encoder
@@ -91,10 +93,26 @@ def test_following_the_page_adds_a_strategy_that_keeps_the_contracts(tmp_path: P
     assert passed and int(passed[1]) > 100
 
 
+def test_settings_of_streams_are_those_of_the_data_page() -> None:
+    page = (ROOT / "docs/data.md").read_text()
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)]
+    (given,) = (block["data"]["init_args"]["stream"] for block in blocks if "stream" in str(block.get("data")))
+    assert StreamSettings(**given).pack_to == 2048
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+?) \|", page.split("| key of `stream` |")[1], flags=re.MULTILINE))
+    for field in fields(StreamSettings):
+        if field.default is MISSING:
+            assert field.name in table
+            continue
+        default = {"None": "–", "False": "false"}.get(
+            str(field.default), f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+        )
+        assert table[field.name].strip("`") in (default, "pack_to"), field.name
+
+
 def test_features_of_the_data_page_fit_their_connector() -> None:
     page = (ROOT / "docs/data.md").read_text()
-    (block,) = re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)
-    network = yaml.safe_load(block)["model"]["network"]
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)]
+    (network,) = (block["model"]["network"] for block in blocks if "model" in block)
     for name, spec in network["encoders"].items():
         encoder = build_encoder(spec)
         connector = build_connector(network["connectors"][name], encoder.hidden_size, 32, encoder.grid)

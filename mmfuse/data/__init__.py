@@ -9,29 +9,42 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mmfuse.data.plan import BatchPlan, MixtureDataset, SampleIndex, StagePlan
+    from mmfuse.data.augmentation import ImageAugmentation
+    from mmfuse.data.loader import StreamLoader, StreamProgress
+    from mmfuse.data.plan import Draw, Plan, StagePlan
     from mmfuse.data.samples import Sample, encode_sample, split_answer
     from mmfuse.data.sources import Source, open_source
+    from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 
 __all__ = [
-    "BatchPlan",
-    "MixtureDataset",
+    "BatchStream",
+    "Draw",
+    "Encoding",
+    "ImageAugmentation",
+    "Plan",
     "Sample",
-    "SampleIndex",
     "Source",
     "StagePlan",
+    "StreamLoader",
+    "StreamProgress",
+    "StreamSettings",
     "encode_sample",
     "open_source",
     "split_answer",
 ]
 
 _HOME = {
-    "BatchPlan": "mmfuse.data.plan",
-    "MixtureDataset": "mmfuse.data.plan",
+    "BatchStream": "mmfuse.data.stream",
+    "Draw": "mmfuse.data.plan",
+    "Encoding": "mmfuse.data.stream",
+    "ImageAugmentation": "mmfuse.data.augmentation",
+    "Plan": "mmfuse.data.plan",
     "Sample": "mmfuse.data.samples",
-    "SampleIndex": "mmfuse.data.plan",
     "Source": "mmfuse.data.sources",
     "StagePlan": "mmfuse.data.plan",
+    "StreamLoader": "mmfuse.data.loader",
+    "StreamProgress": "mmfuse.data.loader",
+    "StreamSettings": "mmfuse.data.stream",
     "encode_sample": "mmfuse.data.samples",
     "open_source": "mmfuse.data.sources",
     "split_answer": "mmfuse.data.samples",

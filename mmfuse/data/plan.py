@@ -1,37 +1,41 @@
-"""Which sample goes where, as a pure function of the position: a run that starts anywhere goes on exactly.
+"""Which samples a window holds, as a pure function of its number: a run that starts anywhere goes on exactly.
 
-The samples of all ranks and stages form one sequence of *slots*. A slot's number tells its source, and how often that
-source was drawn from before; the n-th draw of a source is one element of a permutation of the source, another one in
-every epoch.
-Nothing is carried along, so there is no state to be saved but the number of batches.
+The samples of a stage form one endless sequence of *slots*. A slot's number tells its source, and how often that source
+was drawn from before; the n-th draw of a source is one element of its shuffled order, another one in every epoch.
+Consecutive slots form *windows*. What is made of a window (batches, packed rows) depends on that window alone, and
+*lanes* take windows in turn: lane `l` of `L` has the windows l, l + L, l + 2 L, ... Batch number `t` of a stage,
+counted over all ranks, comes from lane `t % L`. So ranks and workers need not know of each other, and their number may
+change.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
 
-from mmfuse.data.samples import Sample
-from mmfuse.data.sources import Source
+from mmfuse.data.shuffle import BLOCK, BlockShuffle, number_of, permutation
 from mmfuse.errors import ConfigError, unknown
 
 #: Weights are rounded to multiples of 1 / RESOLUTION: integers of this size count 5e11 slots without rounding.
 RESOLUTION: Final = 1 << 24
+#: Where windows and batches are not the same, nobody knows how often an earlier stage drew: a stage begins new epochs.
+_EPOCHS_OF_A_STAGE: Final = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class SampleIndex:
-    """One sample of a mixture: its source, and its number there."""
+class Draw(NamedTuple):
+    """One sample of a mixture: its source, its number there, and how often the source was gone through before."""
 
     source: str
-    index: int
+    sample: int
+    epoch: int
+
+    def generator(self, seed: int) -> np.random.Generator:
+        """Random numbers of this draw alone, wherever and whenever it is made."""
+        return np.random.Generator(np.random.PCG64(number_of(seed, *self)))
 
 
 @dataclass(frozen=True)
@@ -40,27 +44,29 @@ class StagePlan:
 
     Attributes:
         weights: share of each source among the samples; need not sum to one.
-        batches: how many batches each rank gets.
+        batches: how many batches all ranks get together.
     """
 
     weights: Mapping[str, float]
     batches: int
 
 
-class BatchPlan(Sampler[list[SampleIndex]]):
-    """Batches of sample indices for one rank, for `DataLoader(batch_sampler=...)`.
+class Plan:
+    """The windows of all stages.
 
-    Over any window of slots, each source's share is within a few samples of its weight. Every sample of a source is
-    drawn once before any is drawn again, also across stages. `world` ranks with batches of `b` draw, step by step, the
-    same samples as one rank with batches of `world * b`.
+    Over any run of slots, each source's share is within a few samples of its weight. Every sample of a source is drawn
+    once before any is drawn again.
 
     Args:
-        sizes: number of samples of each source.
+        parts: for each source the number of samples in each of its shards.
         stages: what to draw, one stage after the other.
-        batch_size: samples in a batch of one rank.
-        seed: of the permutations; the same on all ranks.
-        rank, world: which rank this is, of how many.
-        start: first batch that is yielded; the earlier ones were trained on before.
+        window: samples in a window.
+        seed: of all orders.
+        lanes: over which windows are dealt.
+        window_is_batch: every window becomes one batch. Then stages continue each other's epochs. Otherwise each stage
+            goes through its sources anew, and the first window of each lane is shorter, so that lanes do not open their
+            next ones all at the same time.
+        block: samples of a source that are shuffled together.
 
     Raises:
         ConfigError: a weight of a source that does not exist, negative weights or none, an empty source, or numbers out
@@ -69,37 +75,39 @@ class BatchPlan(Sampler[list[SampleIndex]]):
 
     def __init__(
         self,
-        sizes: Mapping[str, int],
+        parts: Mapping[str, Sequence[int]],
         stages: Sequence[StagePlan],
-        batch_size: int,
         *,
+        window: int,
         seed: int = 0,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
+        lanes: int = 1,
+        window_is_batch: bool = True,
+        block: int = BLOCK,
     ) -> None:
+        sizes = {name: sum(counts) for name, counts in parts.items()}
         _check(sizes, stages)
-        _check_numbers(batch_size, seed, rank, world)
-        self.sizes, self.batch_size, self.seed, self.rank, self.world = dict(sizes), batch_size, seed, rank, world
-        self._ends = np.cumsum([stage.batches for stage in stages])
+        if window < 1 or seed < 0 or lanes < 1:
+            raise ConfigError(f"expected window >= 1, lanes >= 1 and seed >= 0, got {window}, {lanes} and {seed}")
+        self.sizes, self.seed, self.lanes, self.size = sizes, seed, lanes, window
+        self.starts = [0, *np.cumsum([stage.batches for stage in stages]).tolist()]
         self._mixtures = [_Mixture(stage.weights) for stage in stages]
-        if not 0 <= start <= len(self):
-            raise ConfigError(f"start must be between 0 and the number of batches {len(self)}, got {start}")
-        self.start = start
-        # Draws of each source before each stage, and before the end.
-        self._drawn = [dict.fromkeys(self.sizes, 0)]
+        self._shuffles = {name: BlockShuffle(counts, name, seed, block) for name, counts in parts.items()}
+        first = [window] * lanes if window_is_batch else [max(1, window * (lane + 1) // lanes) for lane in range(lanes)]
+        self._begins = [0, *np.cumsum(first).tolist()]
+        # Draws of each source before each stage.
+        self._drawn = [dict.fromkeys(sizes, 0)]
         for mixture, stage in zip(self._mixtures, stages, strict=True):
-            counts = mixture.counts(stage.batches * batch_size * world)
-            self._drawn.append({name: before + counts.get(name, 0) for name, before in self._drawn[-1].items()})
+            counts = mixture.counts(stage.batches * window)
+            before = self._drawn[-1]
+            self._drawn.append(
+                {name: before[name] + counts.get(name, 0) for name in sizes}
+                if window_is_batch
+                else {name: before[name] + _EPOCHS_OF_A_STAGE * size for name, size in sizes.items()}
+            )
 
     def __len__(self) -> int:
-        """Return the number of batches of all stages, wherever this plan starts."""
-        return int(self._ends[-1])
-
-    def __iter__(self) -> Iterator[list[SampleIndex]]:
-        orders: dict[str, tuple[int, NDArray[np.int64]]] = {}
-        for batch in range(self.start, len(self)):
-            yield self._batch(batch, orders)
+        """Return the number of batches of all stages and ranks."""
+        return int(self.starts[-1])
 
     def stage_of(self, batch: int) -> int:
         """Return the number of the stage that `batch` belongs to.
@@ -109,45 +117,32 @@ class BatchPlan(Sampler[list[SampleIndex]]):
         """
         if not 0 <= batch < len(self):
             raise IndexError(f"batch {batch} of a plan with {len(self)} batches")
-        return int(np.searchsorted(self._ends, batch, side="right"))
+        return int(np.searchsorted(self.starts, batch, side="right")) - 1
 
-    def epochs(self) -> dict[str, float]:
-        """Return how often each source is gone through over the whole plan, by all ranks together."""
-        return {name: self._drawn[-1][name] / size for name, size in self.sizes.items()}
-
-    def _batch(self, batch: int, orders: dict[str, tuple[int, NDArray[np.int64]]]) -> list[SampleIndex]:
-        """One batch; `orders` keeps the order of each source's current epoch from one call to the next."""
+    def lane_of(self, batch: int) -> tuple[int, int]:
+        """Return the stage of `batch`, and the lane that it comes from."""
         stage = self.stage_of(batch)
-        whole = self.batch_size * self.world
-        first = (batch - (int(self._ends[stage - 1]) if stage else 0)) * whole
-        names, draws = self._mixtures[stage].draws(first, whole)
-        # Shuffled before ranks take their parts: in the regular sequence, one rank might always meet the same source.
-        order = _order([self.seed, batch], whole)[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        chosen = {}
-        # In the order of draws, so that one epoch's order at a time will do.
-        for slot in np.sort(order).tolist():
-            name = names[slot]
-            epoch, place = divmod(self._drawn[stage][name] + draws[slot], self.sizes[name])
-            if name not in orders or orders[name][0] != epoch:
-                orders[name] = (epoch, _order([self.seed, _number(name), epoch], self.sizes[name]))
-            chosen[slot] = SampleIndex(name, int(orders[name][1][place]))
-        return [chosen[slot] for slot in order.tolist()]
+        return stage, (batch - self.starts[stage]) % self.lanes
 
+    def samples_of(self, stage: int) -> int:
+        """Return how many samples the sources of a stage have together."""
+        return sum(self.sizes[name] for name in self._mixtures[stage].names)
 
-class MixtureDataset(Dataset[Sample]):
-    """Samples of several sources by `SampleIndex`.
+    def window(self, stage: int, number: int) -> list[Draw]:
+        """The samples of one window of a stage, shuffled: the regular sequence would have a pattern of sources."""
+        begin, end = self._begin(number), self._begin(number + 1)
+        names, draws = self._mixtures[stage].draws(begin, end - begin)
+        found: list[Draw] = []
+        for name, draw in zip(names, draws, strict=True):
+            epoch, index = self._shuffles[name](self._drawn[stage][name] + draw)
+            found.append(Draw(name, index, epoch))
+        return [found[slot] for slot in permutation([self.seed, self.starts[stage] + number], len(found)).tolist()]
 
-    Args:
-        sources: by the names that the plan's weights use.
-    """
-
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self.sources = dict(sources)
-
-    def __getitem__(self, index: SampleIndex) -> Sample:
-        if index.source not in self.sources:
-            raise ConfigError(unknown("source", index.source, self.sources))
-        return self.sources[index.source][index.index]
+    def _begin(self, number: int) -> int:
+        """The first slot of a window."""
+        if number <= self.lanes:
+            return int(self._begins[number])
+        return int(self._begins[-1]) + (number - self.lanes) * self.size
 
 
 class _Mixture:
@@ -189,15 +184,6 @@ class _Mixture:
         return [self.names[number] for number in source.tolist()], before.tolist()
 
 
-def _order(seed: Sequence[int], size: int) -> NDArray[np.int64]:
-    """A permutation `[size]`. NumPy promises raw bits to stay as they are, its own `permutation` may change."""
-    return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(size), kind="stable")
-
-
-def _number(name: str) -> int:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-
-
 def _check(sizes: Mapping[str, int], stages: Sequence[StagePlan]) -> None:
     for name, size in sizes.items():
         if size < 1:
@@ -214,10 +200,3 @@ def _check(sizes: Mapping[str, int], stages: Sequence[StagePlan]) -> None:
                 raise ConfigError(f"stage {number}: the weight of {name!r} must be a number from 0 on, got {weight}")
         if not any(weight > 0 for weight in stage.weights.values()):
             raise ConfigError(f"stage {number}: all weights are zero; at least one source needs a positive weight")
-
-
-def _check_numbers(batch_size: int, seed: int, rank: int, world: int) -> None:
-    if batch_size < 1 or seed < 0:
-        raise ConfigError(f"expected batch_size >= 1 and seed >= 0, got {batch_size} and {seed}")
-    if not 0 <= rank < world:
-        raise ConfigError(f"expected 0 <= rank < world, got rank {rank} of {world}")

@@ -72,14 +72,14 @@ class EncodedSample:
     """One sample as integers, before padding.
 
     Attributes:
-        input_ids: int64 `[S]`.
-        table: int64 `[4, S]`, the rows modality, role, segment and turn of a `TokenMap`.
+        input_ids: integers `[S]`.
+        table: integers `[4, S]`, the rows modality, role, segment and turn of a `TokenMap`.
         media: by modality and in reading order, what the processor takes.
         key: names the sample in messages.
     """
 
-    input_ids: NDArray[np.int64]
-    table: NDArray[np.int64]
+    input_ids: NDArray[np.integer[Any]]
+    table: NDArray[np.integer[Any]]
     media: Mapping[str, list[Any]] = field(default_factory=dict)
     key: str = "sample"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, TypeGuard, cast
+from typing import Any, Final, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from mmfuse.models.media import MEDIA, Features
 from mmfuse.sequence import Side, TokenMap
 
 Batch = dict[str, Tensor | TokenMap]
+#: Modality, role, segment, turn, document and position of a slot that holds nothing.
+_PADDING: Final = np.array([0, 0, -1, -1, -1, 0])
 
 
 class MultimodalProcessor(ProcessorMixin):
@@ -123,7 +125,15 @@ class MultimodalProcessor(ProcessorMixin):
         return self.collate(samples, side="left" if generation else "right", supervised=not generation)
 
     def collate(self, samples: Sequence[EncodedSample], *, side: Side = "right", supervised: bool = True) -> Batch:
-        """Pad encoded samples into a batch; labels are the ids of answer tokens and -100 elsewhere.
+        """Pad encoded samples into a batch, a row each; see `collate_rows`."""
+        return self.collate_rows([[sample] for sample in samples], side=side, supervised=supervised)
+
+    def collate_rows(
+        self, rows: Sequence[Sequence[EncodedSample]], *, side: Side = "right", supervised: bool = True
+    ) -> Batch:
+        """Pad rows of encoded samples into a batch; labels are the ids of answer tokens and -100 elsewhere.
+
+        The samples of a row stand behind each other, each a document of its own, as `TokenMap.pack` puts them.
 
         Images may be PIL images of any mode, or arrays: uint8 `[H, W]` or `[H, W, 3]`, or whatever else the image
         processor takes. Features may be arrays or tensors `[V, D]` of any float dtype, or `Features`.
@@ -132,21 +142,26 @@ class MultimodalProcessor(ProcessorMixin):
             ValueError: no samples, or features of another shape than the model takes.
             TypeError: an image that is neither a PIL image nor an array or tensor.
         """
-        if not samples:
-            raise ValueError("a batch needs at least one sample")
-        length = max(map(len, samples))
-        table = np.empty((6, len(samples), length), dtype=np.int64)
-        table[0], table[1:] = self.tokenizer.pad_token_id, np.array([0, 0, -1, -1, 0])[:, None, None]
-        for row, sample in enumerate(samples):
-            size = len(sample)
-            at = slice(0, size) if side == "right" else slice(length - size, length)
-            table[0, row, at] = sample.input_ids
-            table[1:5, row, at] = sample.table
-            table[5, row, at] = np.arange(size)
-        ids, modality, role, segment, turn, position = torch.from_numpy(table)
-        tokens = TokenMap(modality, role, segment, turn, torch.where(turn >= 0, 0, -1), position)
+        if not rows or not all(rows):
+            raise ValueError("a batch needs at least one sample, and so does each of its rows")
+        lengths = [sum(map(len, row)) for row in rows]
+        table = np.empty((7, len(rows), max(lengths)), dtype=np.int64)
+        table[0], table[1:] = self.tokenizer.pad_token_id, _PADDING[:, None, None]
+        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            at = 0 if side == "right" else table.shape[2] - length
+            segments = 0
+            for document, sample in enumerate(row):
+                own = table[:, number, at : at + len(sample)]
+                own[0] = sample.input_ids
+                own[1:5] = sample.table
+                own[3] += segments
+                own[5], own[6] = document, np.arange(len(sample))
+                at += len(sample)
+                segments += int(sample.table[2].max(initial=-1)) + 1
+        ids, modality, role, segment, turn, document, position = torch.from_numpy(table)
+        tokens = TokenMap(modality, role, segment, turn, document, position)
         batch: Batch = {"input_ids": ids, "tokens": tokens}
-        batch |= self._media_inputs(samples)
+        batch |= self._media_inputs([sample for row in rows for sample in row])
         if supervised:
             batch["labels"] = torch.where(tokens.is_answer, ids, IGNORED_LABEL)
         return batch

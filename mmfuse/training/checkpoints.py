@@ -2,42 +2,106 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mmfuse.errors import ConfigError
+from mmfuse.errors import ConfigError, RunError
 
-FOLDER = "checkpoints"
+FOLDER: Final = "checkpoints"
+#: `last` is the newest state, `previous` the `last` before it, `best` the best on validation data.
+LAST, PREVIOUS, BEST = "last", "previous", "best"
+
+_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class CheckpointWriteError(RunError):
+    """A checkpoint cannot be written; the one before is untouched."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk, and renames.
+    """Writes beside the target, flushes to the disk, and renames; a `last` that is replaced is kept as `previous`.
 
     Lightning goes through a temporary file in the system's own folder; where that lies on another disk the last move is
     a copy, and a kill in its middle destroys the only checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`.
+
+        Raises:
+            CheckpointWriteError: the disk is full, or the file may not be so large.
+        """
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.tmp")
-        with open(scratch, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
+        try:
+            with open(scratch, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            if target.stem == LAST:
+                _keep(target, target.with_stem(PREVIOUS))
+            os.replace(scratch, target)
+            flush_folder(target.parent)
+        except BaseException as error:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            if (full := _disk_error(error)) is not None:
+                before = "; the one before is untouched" if target.exists() else ""
+                raise CheckpointWriteError(
+                    f"{target} cannot be written: {os.strerror(full)}{before}. "
+                    "Make room and continue with --ckpt_path last"
+                ) from error
+            raise
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
         return read_checkpoint(path, map_location=map_location)
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The number of the failed write behind `error`; torch's writer fails once more when it closes what is cut off."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
+            return error.errno
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _keep(current: Path, earlier: Path) -> None:
+    """Give `current` a second name. There is no moment without a whole file under either."""
+    scratch = earlier.with_name(f".{earlier.name}.tmp")
+    scratch.unlink(missing_ok=True)
+    # Some file systems know no second names: there, only `last` is kept.
+    with contextlib.suppress(FileNotFoundError, PermissionError, NotImplementedError):
+        os.link(current, scratch)
+        os.replace(scratch, earlier)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush the names in a folder to the disk, so that a rename survives a power cut."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes that were killed have left behind."""
+    for scratch in folder.glob(".*.tmp"):
+        scratch.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
@@ -55,11 +119,24 @@ def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     return loaded
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None if every record of it is as it was written.
+
+    torch reads archives without comparing checksums, so that a flipped bit in a weight would go unnoticed.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        return str(error) or type(error).__name__
+    return None if broken is None else f"the checksum of {broken} does not match"
+
+
 class BestCheckpoint(ModelCheckpoint):
     """`best.ckpt`, which remembers its own score: `last.ckpt` is written before the validation of the same step."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        path = str(Path(str(self.dirpath)) / "best.ckpt")
+        path = str(Path(str(self.dirpath)) / f"{BEST}.ckpt")
         if trainer.ckpt_path and Path(path).exists():
             held = read_checkpoint(path, map_location="cpu", mmap=True)["callbacks"][self.state_key]
             self.best_model_path = self.kth_best_model_path = path
@@ -67,30 +144,48 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_k_models = {path: held["best_model_score"]}
 
 
+def last_path(run: Path) -> Path:
+    """The newest state of a run."""
+    return run / FOLDER / f"{LAST}.ckpt"
+
+
 def checkpoint_callbacks(run: Path, every_n_steps: int) -> list[ModelCheckpoint]:
     """`last.ckpt` after every so many steps, and `best.ckpt` by exact match on the validation data."""
     shared: dict[str, Any] = {"dirpath": run / FOLDER, "enable_version_counter": False, "save_top_k": 1}
-    last = ModelCheckpoint(filename="last", every_n_train_steps=every_n_steps, **shared)
-    best = BestCheckpoint(
-        filename="best", monitor="val/exact_match", mode="max", save_on_train_epoch_end=False, **shared
-    )
+    last = ModelCheckpoint(filename=LAST, every_n_train_steps=every_n_steps, **shared)
+    best = BestCheckpoint(filename=BEST, monitor="val/exact_match", mode="max", save_on_train_epoch_end=False, **shared)
     return [best, last]
 
 
 def resolve_checkpoint(name: str | None, run: Path) -> Path | None:
-    """The file that `--ckpt_path` names: `last`, `best`, or a path.
+    """The file that `--ckpt_path` names: `last`, `previous`, `best`, or a path.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
+        ConfigError: it is damaged; the message names another one of the run that is whole.
     """
     if name is None:
         return None
-    path = run / FOLDER / f"{name}.ckpt" if name in ("last", "best") else Path(name)
+    named = name in (LAST, PREVIOUS, BEST)
+    path = run / FOLDER / f"{name}.ckpt" if named else Path(name)
+    others = [other for other in (LAST, PREVIOUS, BEST) if other != name]
     if not path.is_file():
         there = sorted(file.name for file in (run / FOLDER).glob("*.ckpt"))
         found = f"{run / FOLDER} holds {', '.join(there)}" if there else f"{run / FOLDER} holds no checkpoint"
         raise FileNotFoundError(f"--ckpt_path {name}: no checkpoint at {path}; {found}")
+    if named and (wrong := damage(path)) is not None:
+        raise ConfigError(f"--ckpt_path {name}: {path} is damaged: {wrong}; {_whole(run, others)}")
     return path
+
+
+def _whole(run: Path, names: list[str]) -> str:
+    """Which of the checkpoints a run can go on from."""
+    for name in names:
+        path = run / FOLDER / f"{name}.ckpt"
+        if path.is_file() and damage(path) is None:
+            step = read_checkpoint(path, map_location="cpu", mmap=True).get("global_step")
+            return f"{path.name} is whole, of step {step}: --ckpt_path {name}"
+    return "no other checkpoint of the run is whole"
 
 
 def load_network_weights(path: Path, module: torch.nn.Module) -> None:

@@ -22,21 +22,26 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmfuse.errors import ConfigError, DataError
 from mmfuse.eval.results import write_text_atomically
-from mmfuse.training.callbacks import ModelSummary, StepMetrics, progress_callback
+from mmfuse.training.callbacks import ModelSummary, StepMetrics, StepSeeds, progress_callback
 from mmfuse.training.checkpoints import (
     AtomicCheckpointIO,
     checkpoint_callbacks,
+    last_path,
     load_network_weights,
     read_checkpoint,
     resolve_checkpoint,
+    sweep,
 )
 from mmfuse.training.data import MultimodalData
+from mmfuse.training.graceful import GracefulStop, NoSignalHandlers
+from mmfuse.training.imports import restrict_imports
 from mmfuse.training.memory import keep_freed_memory
 from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
 from mmfuse.training.stages import Schedule, Stage
+from mmfuse.training.streaming import SampleLog
 from mmfuse.training.strict import explain_mistake, unknown_flag
 
 # What a run's config file leaves out: they belong to one call and not to the run.
@@ -84,6 +89,9 @@ class MultimodalCLI(LightningCLI):
         parser.add_argument("--out", type=str | None, default=None, help="Run folder (default: runs/CONFIG).")
         parser.add_argument("--stages", type=list[Stage], help="What is trained, on what, for how many steps.")
         parser.add_argument("--checkpoint_every", type=int, default=50, help="Steps between `last` checkpoints.")
+        parser.add_argument(
+            "--log_samples", "--log-samples", action="store_true", help="Write each step's samples to samples.jsonl."
+        )
         parser.link_arguments("stages", "model.stages")
         parser.link_arguments("stages", "data.init_args.stages")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=int)
@@ -130,7 +138,7 @@ class MultimodalCLI(LightningCLI):
             loggers += [logger for logger in _as_list(asked) if isinstance(logger, Logger)]
         options.trainer.callbacks = [*_as_list(options.trainer.callbacks), *self._own_callbacks(options)]
         try:
-            return super().instantiate_trainer(
+            trainer = super().instantiate_trainer(
                 default_root_dir=str(self.out),
                 logger=loggers,
                 plugins=[*_as_list(options.trainer.plugins), AtomicCheckpointIO()],
@@ -139,6 +147,9 @@ class MultimodalCLI(LightningCLI):
             )
         except (ValueError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {error}") from error
+        # Lightning has no switch for its own, which hang when several ranks are signalled; see `GracefulStop`.
+        trainer._signal_connector = NoSignalHandlers(trainer)
+        return trainer
 
     def _own_callbacks(self, options: Any) -> list[Callback]:
         callbacks: list[Callback] = [StepMetrics(), ModelSummary()]
@@ -147,7 +158,12 @@ class MultimodalCLI(LightningCLI):
         # Behind the bar, which ends before the report is printed.
         callbacks.append(RunReport(self.out))
         if self.subcommand == "fit":
-            callbacks += checkpoint_callbacks(self.out, options.checkpoint_every)
+            callbacks += [SampleLog(self.out)] if options.log_samples else []
+            callbacks += [
+                StepSeeds(int(options.seed_everything)),
+                *checkpoint_callbacks(self.out, options.checkpoint_every),
+            ]
+            callbacks.append(GracefulStop(last_path(self.out)))
         return callbacks
 
     # Commands
@@ -155,6 +171,7 @@ class MultimodalCLI(LightningCLI):
     def before_fit(self) -> None:
         # Not before everything is built: a wrong config must leave an earlier run where it is.
         claim_folder(self.out, resuming=self.checkpoint is not None)
+        rank_zero_only(sweep)(last_path(self.out).parent)
         rank_zero_only(write_text_atomically)(self.out / "config.yaml", self.settings)
         self.config_init[self.subcommand].ckpt_path = str(self.checkpoint) if self.checkpoint else None
         if self.checkpoint is not None and self.metrics is not None:
@@ -265,6 +282,7 @@ def resolved_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def _parsed(kind: type[MultimodalCLI], argv: Sequence[str], *, run: bool) -> MultimodalCLI:
     _quieten()
+    argv = restrict_imports(argv)
     command, words = (argv[0], argv[1:]) if run else ("", argv)
     schema = config_schema(command)
     mistake = unknown_flag(schema, words)
@@ -301,6 +319,8 @@ def config_schema(command: str) -> dict[str, Any]:
         "stages": list[Stage],
         "out": str,
         "checkpoint_every": int,
+        "log_samples": bool,
+        "log-samples": bool,
         "ckpt_path": str,
     }
     more = {"validate": {"verbose": bool}, "test": {"verbose": bool}, "predict": {"return_predictions": bool}}

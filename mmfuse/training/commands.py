@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmfuse.errors import ConfigError, unknown
+from mmfuse.training.imports import FLAG
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -30,7 +31,7 @@ class StrictParser(argparse.ArgumentParser):
         options, rest = self.parse_known_args(list(words))
         for number, word in enumerate(rest):
             is_flag = word.startswith("-") or number == 0
-            if is_flag and "." not in word.split("=")[0]:
+            if is_flag and word.split("=")[0] != FLAG and "." not in word.split("=")[0]:
                 self._refuse(word)
         return options, rest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,12 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
-from mmfuse.data import BatchPlan, MixtureDataset, Sample, Source, StagePlan, encode_sample, open_source
+from mmfuse.data import Plan, Sample, Source, StagePlan, StreamLoader, encode_sample, open_source
+from mmfuse.data.cache import default_cache
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
+from mmfuse.data.loader import StreamProgress
+from mmfuse.data.quarantine import QUARANTINE, Quarantine
+from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
 from mmfuse.training.stages import Stage
@@ -35,19 +38,6 @@ class SourceSpec:
         return open_source(self.path, images=self.images)
 
 
-class PlannedLoader(DataLoader[Any]):
-    """A DataLoader whose position follows from the trainer's step, so that there is no state to save.
-
-    Lightning takes a loader without these two methods for one that starts again from the first sample.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        return None
-
-
 @dataclass(frozen=True)
 class TrainingCollate:
     """Samples to the batch that `MultimodalModule` takes: the network's inputs, and `keys` to name samples by."""
@@ -67,7 +57,8 @@ class MultimodalData(LightningDataModule):
         train: training sources by name; a value is a path or a `SourceSpec`.
         val: validation source.
         test: source of held-out questions.
-        batch_size: samples in a training batch, on each device.
+        stream: how training samples become batches, apart from `batch_size`.
+        batch_size: rows of a training batch, on each device: samples, or with `stream.pack_to` packed rows.
         eval_batch_size: samples in a batch of validation and test.
         num_workers: processes that read and encode; 0 does it in the main one.
         seed: of the order of samples.
@@ -79,23 +70,27 @@ class MultimodalData(LightningDataModule):
         train: dict[str, SourceSpec],
         val: SourceSpec | None = None,
         test: SourceSpec | None = None,
+        stream: StreamSettings = StreamSettings(),  # noqa: B008  (frozen)
         batch_size: int = 32,
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {size}")
+        if eval_batch_size < 1:
+            raise ConfigError(f"data.eval_batch_size must be at least 1, got {eval_batch_size}")
         self.stages = list(stages)
         self.specs: dict[str, SourceSpec] = dict(train)
         self.held_out: dict[str, SourceSpec | None] = {"val": val, "test": test}
+        stream.check(batch_size)
+        self.stream = stream
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.sources: dict[str, Source] = {}
+        self.progress: StreamProgress | None = None
+        self._restored: dict[str, Any] | None = None
         for stage in self.stages:
             for name in stage.data:
                 if name not in self.train_names():
@@ -115,41 +110,92 @@ class MultimodalData(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         wanted: dict[str, SourceSpec | None] = dict(self.held_out)
         if stage in (None, "fit"):
-            wanted |= {name: self.specs[name] for part in self.stages for name in part.data}
+            wanted |= {name: self.specs[name] for name in self._mixed()}
         for name, spec in wanted.items():
             if spec is not None and name not in self.sources:
                 self.sources[name] = spec.open()
 
-    def plan(self, *, accumulate: int = 1, rank: int = 0, world: int = 1, start: int = 0) -> BatchPlan:
-        """Which sample goes into which batch, from batch `start` on."""
-        names = sorted({name for stage in self.stages for name in stage.data})
-        return BatchPlan(
-            {name: len(self.sources[name]) for name in names},
-            [StagePlan(stage.data, stage.steps * accumulate) for stage in self.stages],
-            self.batch_size,
+    def _mixed(self) -> list[str]:
+        return sorted({name for stage in self.stages for name in stage.data})
+
+    # Training batches
+
+    def plan(self, per_step: int = 1) -> Plan:
+        """Which samples each window of the run holds.
+
+        Args:
+            per_step: batches of an optimizer step, of all ranks together.
+        """
+        return Plan(
+            {name: self.sources[name].parts for name in self._mixed()},
+            [StagePlan(stage.data, stage.steps * per_step) for stage in self.stages],
+            window=self.stream.samples(self.batch_size),
             seed=self.seed,
-            rank=rank,
-            world=world,
-            start=start,
+            lanes=self.stream.lanes,
+            window_is_batch=self.stream.window_is_batch,
         )
 
-    def train_dataloader(self) -> DataLoader[Any]:
+    def encoding(self, processor: MultimodalProcessor, quarantine: Path | None = None) -> Encoding:
+        """What makes batches of drawn samples.
+
+        Args:
+            processor: encodes samples.
+            quarantine: the file that samples are written down in that cannot be used.
+        """
+        sources = {name: self.sources[name] for name in self._mixed()}
+        bad = Quarantine(quarantine, self.stream.bad_samples)
+        return Encoding(sources, processor, self.stream, self.batch_size, self.seed, bad)
+
+    def train_dataloader(self) -> StreamLoader:
         trainer = self.trainer
         assert trainer is not None
-        accumulate = trainer.accumulate_grad_batches
-        plan = self.plan(
-            accumulate=accumulate,
+        accumulate, world = trainer.accumulate_grad_batches, trainer.world_size
+        plan = self.plan(per_step=accumulate * world)
+        self.progress = StreamProgress(self.made_for(accumulate * world), plan.lanes, accumulate * world)
+        if self._restored is not None:
+            changes = self.stream.allow_changes
+            self.progress.load_state_dict(self._restored, main=trainer.is_global_zero, changed_data=changes)
+        if self.progress.steps != trainer.global_step:
+            raise ConfigError(
+                f"the checkpoint is of step {trainer.global_step}, its data state of step {self.progress.steps}: an "
+                "older version made it, or another data module; start a new run from its weights"
+            )
+        first = trainer.global_step * accumulate * world
+        lanes = self.progress.places(plan.stage_of(first)) if first < len(plan) else None
+        stream = BatchStream(
+            plan,
+            self.encoding(self.processor, Path(trainer.default_root_dir) / QUARANTINE),
             rank=trainer.global_rank,
-            world=trainer.world_size,
+            world=world,
+            workers=self.num_workers,
             start=trainer.global_step * accumulate,
+            lanes=lanes,
         )
-        return PlannedLoader(
-            MixtureDataset({name: self.sources[name] for name in plan.sizes}),
-            batch_sampler=plan,
-            collate_fn=TrainingCollate(self.processor),
-            num_workers=self.num_workers,
+        return StreamLoader(
+            stream,
+            workers=self.num_workers,
             pin_memory=trainer.strategy.root_device.type == "cuda",
+            timeout=self.stream.timeout,
         )
+
+    def made_for(self, per_step: int) -> dict[str, Any]:
+        """What the order of samples depends on; see `StreamSettings.order_settings`."""
+        sources = {f"the data of {name}": self.sources[name].fingerprint()[:16] for name in self._mixed()}
+        return {**sources, **self.stream.order_settings(self.batch_size, per_step), "data.seed": self.seed}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was trained on, of all ranks together; every rank must call it, as for every save of Lightning's."""
+        if self.progress is None:
+            return {}
+        own = self.progress.own_state()
+        ranks: list[Any] = [own]
+        if self.trainer is not None and self.trainer.world_size > 1:
+            ranks = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(ranks, own)
+        return self.progress.state_dict(ranks)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict) or None
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if "val" not in self.sources:
@@ -190,7 +236,8 @@ class HandwritingData(MultimodalData):
         stages: which sources each stage mixes, linked from the config's top level.
         scenes: what is written.
         cache: folder for the shards; by default `$MMFUSE_CACHE`, or `mmfuse` in the user's cache folder.
-        batch_size: samples in a training batch, on each device.
+        stream: how training samples become batches, apart from `batch_size`.
+        batch_size: rows of a training batch, on each device: samples, or with `stream.pack_to` packed rows.
         eval_batch_size: samples in a batch of validation and test.
         num_workers: processes that read and encode; 0 does it in the main one.
         seed: of the order of samples.
@@ -201,6 +248,7 @@ class HandwritingData(MultimodalData):
         stages: list[Stage],
         scenes: Handwriting = Handwriting(),  # noqa: B008  (frozen)
         cache: str | None = None,
+        stream: StreamSettings = StreamSettings(),  # noqa: B008  (frozen)
         batch_size: int = 128,
         eval_batch_size: int = 256,
         num_workers: int = 0,
@@ -213,6 +261,7 @@ class HandwritingData(MultimodalData):
             train={name: parts[name] for name in ("align", "instruct")},
             val=parts["val"],
             test=parts["test"],
+            stream=stream,
             batch_size=batch_size,
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
@@ -223,10 +272,3 @@ class HandwritingData(MultimodalData):
 
     def prepare_data(self) -> None:
         write_shards(self.folder, self.scenes)
-
-
-def default_cache() -> Path:
-    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if "MMFUSE_CACHE" in os.environ:
-        return Path(os.environ["MMFUSE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"

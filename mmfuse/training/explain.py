@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmfuse.data import BatchStream, StreamLoader
 from mmfuse.errors import ConfigError
 from mmfuse.fusion import IGNORED_LABEL, Fusion
 from mmfuse.models import MultimodalProcessor
 from mmfuse.sequence import Modality, Role, TokenMap
 from mmfuse.training.cli import parse_and_build
 from mmfuse.training.commands import StrictParser
-from mmfuse.training.data import MultimodalData, TrainingCollate
+from mmfuse.training.data import MultimodalData
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.runs import default_folder
 
@@ -56,9 +57,9 @@ def main(argv: Sequence[str]) -> int:
 
 def first_batch(module: MultimodalModule, data: MultimodalData, stage: int) -> dict[str, Any]:
     """The first training batch of a stage, as the fit will see it."""
-    plan = data.plan(start=module.schedule.starts[stage])
-    samples = [data.sources[item.source][item.index] for item in next(iter(plan))]
-    return TrainingCollate(module.processor)(samples)
+    plan = data.plan()
+    stream = BatchStream(plan, data.encoding(module.processor), start=plan.starts[stage])
+    return next(iter(StreamLoader(stream)))
 
 
 def batch_table(batch: dict[str, Any]) -> Table:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.analysis.profile import cache_bytes
 from mmfuse.data import Sample, encode_sample, split_answer
+from mmfuse.data.stream import NO_INPUTS
 from mmfuse.fusion import Fusion
 from mmfuse.models import MultimodalLM, MultimodalProcessor
 from mmfuse.training.cli import parse_and_build
@@ -93,7 +94,7 @@ def training_flops(module: MultimodalModule, data: MultimodalData) -> list[float
     for number, fusion in enumerate(module.stage_fusions):
         batch = first_batch(module, data, number)
         size = batch["input_ids"].shape[0]
-        inputs = {name: value for name, value in batch.items() if name != "keys"}
+        inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
         found.append(TRAINING_PASSES * forward_flops(module.network, inputs, fusion) / size)
     return found
 

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
-from mmfuse.errors import ConfigError, RunError
+from mmfuse.data.stream import NO_INPUTS
+from mmfuse.errors import ConfigError
 from mmfuse.eval.questions import Prediction, answer_questions
 from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
 from mmfuse.fusion.base import base_visibility
@@ -25,13 +26,11 @@ from mmfuse.kernels import Call, check_backend
 from mmfuse.models import NetworkSpec, build_network
 from mmfuse.models.decoder import supervised_rows
 from mmfuse.sequence import Modality, TokenMap
+from mmfuse.training.guard import StepSamples, gradients_are_finite, non_finite, refuse_non_finite_weights
 from mmfuse.training.stages import Schedule, Stage
+from mmfuse.training.streaming import StreamState
 
 MODALITIES = tuple(modality.name.lower() for modality in Modality)
-
-
-class NonFiniteLossError(RunError):
-    """The loss became NaN or infinite. Raised before the optimizer steps, so no checkpoint holds the broken weights."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class MultimodalModule(LightningModule):
             self.network.activation_checkpointing_enable()
         self.last_step: StepTotals | None = None
         self._sums = torch.zeros(2 + len(MODALITIES), dtype=torch.float64)
-        self._keys: list[str] = []
+        self._samples = StepSamples()
         self._validated = torch.zeros(4, dtype=torch.float64)
 
     def setup(self, stage: str) -> None:
@@ -130,7 +129,8 @@ class MultimodalModule(LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         # Buffers are copied, not averaged: an average of integer buffers would be truncated.
-        return [] if self.ema_decay is None else [EMAWeightAveraging(decay=self.ema_decay, use_buffers=False)]
+        average = [] if self.ema_decay is None else [EMAWeightAveraging(decay=self.ema_decay, use_buffers=False)]
+        return [StreamState(), *average]
 
     def configure_optimizers(self) -> Any:
         groups: list[dict[str, Any]] = []
@@ -157,29 +157,25 @@ class MultimodalModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The *sum* of the loss over the supervised tokens; `on_before_optimizer_step` divides by their number."""
         index, _, _ = self.schedule.at(self.global_step)
-        inputs = {name: value for name, value in batch.items() if name != "keys"}
+        inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
         output = self.network(**inputs, return_logits=False, fusion=self.stage_fusions[index])
         total = output.loss * output.supervised
         tokens = batch["tokens"]
         counts = torch.bincount(tokens.modality[~tokens.is_pad], minlength=len(MODALITIES))
         step = torch.cat([torch.stack([total.detach(), output.supervised]), counts]).to(self._sums)
         self._sums = self._sums + step
-        self._keys += batch["keys"]
+        self._samples.add(total.detach(), batch["keys"])
         # Lightning divides by the number of accumulated batches; our own division is by tokens.
         return total * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         sums = self._all_reduce(self._sums)
         loss, supervised = float(sums[0]), int(sums[1])
-        keys, self._keys, self._sums = self._keys, [], torch.zeros_like(self._sums)
+        self._sums = torch.zeros_like(self._sums)
         mean = loss / max(1, supervised)
         _, stage, _ = self.schedule.at(self.global_step)
         if not torch.isfinite(sums[0]):
-            raise NonFiniteLossError(
-                f"loss is {loss} at step {self.global_step}, stage {stage.name!r}; the last checkpoint is untouched. "
-                f"Samples of the step: {', '.join(keys[:8])}{', …' if len(keys) > 8 else ''}. "
-                "Lower the learning rate, clip gradients (trainer.gradient_clip_val), or look at these samples"
-            )
+            raise non_finite(self.trainer, f"loss is {loss}", stage.name, self._samples)
         # DDP and FSDP average gradients over ranks, and we want their sum over tokens.
         scale = self.trainer.world_size / max(1, supervised)
         for group in optimizer.param_groups:
@@ -188,8 +184,16 @@ class MultimodalModule(LightningModule):
                     parameter.grad = None
                 elif parameter.grad is not None:
                     parameter.grad.mul_(scale)
+        if not gradients_are_finite(self.trainer, (p for group in optimizer.param_groups for p in group["params"])):
+            raise non_finite(
+                self.trainer, f"loss is {mean:.6g}, and a gradient is not finite", stage.name, self._samples
+            )
+        self._samples.clear()
         tokens = {name: int(count) for name, count in zip(MODALITIES, sums[2:].tolist(), strict=True)}
         self.last_step = StepTotals(mean, supervised, tokens)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_non_finite_weights(self.trainer, self.network)
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import sys
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from mmfuse.training.imports import explain_denied, is_allowed
 
 #: Key names to type hints; None where anything goes.
 Schema = Mapping[str, Any]
@@ -29,6 +32,9 @@ def explain_mistake(message: str, schema: Schema, words: Sequence[str]) -> str:
         schema: the keys of a config's top level and their type hints.
         words: the words after the subcommand.
     """
+    denied = explain_denied(message)
+    if denied != message:
+        return denied
     for file in config_files(words):
         try:
             settings = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
@@ -82,7 +88,7 @@ def _unknown_class_in_flag(flag: str, value: str, schema: Schema) -> str | None:
     if key not in schema or value.startswith(("-", "{", "[", ".")) or Path(value).exists():
         return None
     hint = schema[key]
-    if _is_scalar(hint) or find_class(value, hint) is not None:
+    if _is_scalar(hint) or _is_of_others(value) or find_class(value, hint) is not None:
         return None
     meant = _closest(value.rsplit(".", 1)[-1], class_names(hint))
     return f"{flag}: unknown class {value!r}" + (f": did you mean {meant!r}?" if meant else "")
@@ -159,20 +165,32 @@ def _unknown_in_class(value: dict[str, Any], hint: Any, path: str) -> str | None
     name = str(value["class_path"])
     found = find_class(name, hint)
     if found is None:
+        if _is_of_others(name):
+            return None
         meant = _closest(name.rsplit(".", 1)[-1], class_names(hint))
         return f"{path}: unknown class {name!r}" + (f": did you mean {meant!r}?" if meant else "")
     known = _keys_of(found, found) or {}
     return _unknown_in(value.get("init_args") or {}, known, f"{path}.init_args")
 
 
+def _is_of_others(name: str) -> bool:
+    """Whether the parser alone can say if there is such a class: it lies in a module that is not imported here."""
+    module = name.rpartition(".")[0]
+    return bool(module) and not is_allowed(name) and module not in sys.modules
+
+
 def find_class(name: str, hint: Any) -> type | None:
-    """The class with a dotted path, or a subclass of the hint's classes by its plain name."""
+    """The class with a dotted path, or a subclass of the hint's classes by its plain name.
+
+    Only what every config may import is imported here; of other modules, those are known that the parser has imported.
+    """
     module, _, attribute = name.rpartition(".")
     if module:
         try:
-            found = getattr(importlib.import_module(module), attribute, None)
+            loaded = importlib.import_module(module) if is_allowed(name) else sys.modules.get(module)
         except ImportError:
             return None
+        found = getattr(loaded, attribute, None)
         return found if isinstance(found, type) else None
     return class_names(hint).get(name)
 

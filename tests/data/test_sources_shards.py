@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mmfuse.data import open_source
+from mmfuse.data.sources import shards
+from mmfuse.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
@@ -115,6 +117,70 @@ def test_a_shard_that_was_cut_anywhere_is_refused(cut: int, tmp_path_factory: py
     (folder / "short.tar").write_bytes(whole[: -min(cut, len(whole))])
     message = refused(folder / "short.tar")
     assert message.startswith(f"{folder / 'short.tar'} is truncated")
+
+
+def test_every_block_that_is_cut_off_is_missed(tmp_path: Path) -> None:
+    """At every multiple of 512 bytes, where a cut looks like an end: refused, unless only padding is gone."""
+    path = write_tar(tmp_path / "whole.tar", [*documents("a", "b"), ("c.png", PNG), ("c.json", record())])
+    whole = path.read_bytes()
+    expected = texts(open_source(path))
+    accepted = []
+    for size in range(0, len(whole), 512):
+        (tmp_path / "cut.tar").write_bytes(whole[:size])
+        try:
+            source = open_source(tmp_path / "cut.tar")
+        except DataError as error:
+            assert ("cut.tar" in str(error) and "byte" in str(error)) or "end marker is incomplete" in str(error)
+        else:
+            accepted.append(size)
+            assert texts(source) == expected
+    end = len(whole.rstrip(b"\0"))
+    assert accepted and min(accepted) == -(-end // 512) * 512 + 1024, "both blocks of the end marker must be there"
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder where indices are stored, however small the shards."""
+    monkeypatch.setenv("MMFUSE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "_WORTH_STORING", 0)
+    return tmp_path / "cache" / "shards"
+
+
+def test_an_index_is_made_once(tmp_path: Path, stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "a.tar", [*documents("a", "b"), ("c.png", PNG), ("c.json", record())])
+    first = open_source(path)
+    assert len(list(stored.iterdir())) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "members", lambda *_: pytest.fail("the shard was looked through again"))
+        again = open_source(path)
+        assert texts(again) == texts(first) and again.fingerprint() == first.fingerprint()
+        assert [one.size for one in again[2].images] == [one.size for one in first[2].images]
+
+
+def test_an_index_of_another_file_is_not_used(tmp_path: Path, stored: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", documents("a", "b"))
+    before = open_source(path).fingerprint()
+    stat = path.stat()
+    write_tar(path, documents("c", "d"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    assert texts(open_source(path)) == ["c", "d"] and path.stat().st_size == stat.st_size
+    assert open_source(path).fingerprint() != before, "the same table, other contents"
+    path.write_bytes(path.read_bytes()[:1024])
+    assert "is truncated" in refused(path)
+
+
+def test_a_damaged_index_is_made_anew(tmp_path: Path, stored: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", documents("a", "b"))
+    open_source(path)
+    (place,) = stored.iterdir()
+    good = place.read_bytes()
+    for bad in (b"", b"no zip", good[:-40], bytes(200) + good[200:]):
+        place.write_bytes(bad)
+        assert texts(open_source(path)) == ["a", "b"]
+        assert place.read_bytes() == good
+    place.unlink()
+    place.mkdir()
+    assert texts(open_source(path)) == ["a", "b"], "a cache that cannot be written does no harm"
 
 
 @pytest.mark.parametrize(

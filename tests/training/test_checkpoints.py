@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,14 @@ import pytest
 import torch
 
 from mmfuse.errors import ConfigError
-from mmfuse.training.checkpoints import AtomicCheckpointIO, read_checkpoint, resolve_checkpoint
+from mmfuse.training.checkpoints import (
+    AtomicCheckpointIO,
+    CheckpointWriteError,
+    damage,
+    read_checkpoint,
+    resolve_checkpoint,
+    sweep,
+)
 
 
 class Stranger:
@@ -29,11 +39,32 @@ def test_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointWriteError, match=r"last\.ckpt cannot be written: No space left") as raised:
         AtomicCheckpointIO().save_checkpoint({"step": 2, "weights": torch.zeros(1000)}, path)
-    assert path.exists() is not first
+    assert ("untouched" in str(raised.value)) is not first
+    assert [file.name for file in tmp_path.iterdir()] == ([] if first else ["last.ckpt"])
     if not first:
         assert AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
+
+
+def test_file_size_limit_of_the_process_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    """The system refuses a real write in its middle, as it does on a full disk."""
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+    code = f"""
+import resource, signal, torch
+from mmfuse.training.checkpoints import AtomicCheckpointIO, CheckpointWriteError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    AtomicCheckpointIO().save_checkpoint({{"step": 2, "weights": torch.randn(100_000)}}, {str(path)!r})
+except CheckpointWriteError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "last.ckpt cannot be written: File too large; the one before is untouched" in ran.stdout
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert damage(path) is None and AtomicCheckpointIO().load_checkpoint(path) == {"step": 1}
 
 
 def test_checkpoint_that_holds_other_objects_is_refused(tmp_path: Path) -> None:
@@ -60,7 +91,59 @@ def test_write_replaces_the_old_one_and_leaves_nothing_else(tmp_path: Path) -> N
     for step in (1, 2):
         AtomicCheckpointIO().save_checkpoint({"step": step}, path)
         assert AtomicCheckpointIO().load_checkpoint(path) == {"step": step}
-    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+    assert sorted(file.name for file in path.parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    assert read_checkpoint(path.with_stem("previous")) == {"step": 1}
+
+
+def test_what_a_killed_write_left_is_swept(tmp_path: Path) -> None:
+    AtomicCheckpointIO().save_checkpoint({}, tmp_path / "last.ckpt")
+    (tmp_path / ".last.ckpt.tmp").write_bytes(b"half")
+    sweep(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("harm", ["bit", "cut", "empty"])
+def test_damaged_last_names_the_checkpoint_that_is_whole(tmp_path: Path, harm: str) -> None:
+    """A flipped bit among the weights loads without complaint; checksums know of it."""
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    for step in (1, 2):
+        AtomicCheckpointIO().save_checkpoint({"global_step": step, "weights": torch.full((5000,), 7.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"bit": bytes(data), "cut": bytes(data[:-300]), "empty": b""}[harm])
+    with pytest.raises(
+        ConfigError, match=r"last\.ckpt is damaged: .*previous\.ckpt is whole, of step 1: --ckpt_path prev"
+    ):
+        resolve_checkpoint("last", tmp_path)
+    assert resolve_checkpoint("previous", tmp_path) == path.with_stem("previous")
+    path.with_stem("previous").write_bytes(b"")
+    with pytest.raises(ConfigError, match="no other checkpoint of the run is whole"):
+        resolve_checkpoint("last", tmp_path)
+
+
+@pytest.mark.slow
+def test_kill_during_a_save_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    """The child saves on and on; kills at other moments each time, before, in and behind the rename."""
+    path = tmp_path / "last.ckpt"
+    code = f"""
+import torch
+from mmfuse.training.checkpoints import AtomicCheckpointIO
+step = 0
+while True:
+    step += 1
+    state = {{"step": step, "weights": torch.full((2_000_000,), float(step))}}
+    AtomicCheckpointIO().save_checkpoint(state, {str(path)!r})
+    print(step, flush=True)
+"""
+    for kill in range(6):
+        child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None and child.stdout.readline() == "1\n"
+        time.sleep(0.013 * kill)
+        child.kill()
+        child.communicate()
+        assert damage(path) is None
+        held = read_checkpoint(path)
+        assert (held["weights"] == held["step"]).all()
 
 
 def test_checkpoints_of_a_run_hold_tensors_and_plain_values(finished: Path) -> None:

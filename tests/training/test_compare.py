@@ -51,7 +51,8 @@ def test_strategies_of_one_seed_share_initial_weights_and_the_order_of_samples(w
         weights[name] = {f"{part}.{key}": v for part, m in parts.items() for key, v in m.state_dict().items()}
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
-        orders[name] = list(cli.datamodule.plan())
+        plan = cli.datamodule.plan()
+        orders[name] = [plan.window(stage, number) for stage in range(2) for number in range(5)]
     first = next(iter(FUSIONS))
     for name in FUSIONS:
         assert orders[name] == orders[first], name

@@ -20,7 +20,8 @@ from mmfuse.fusion import Causal, ModalityMutual
 from mmfuse.models import NetworkSpec
 from mmfuse.training.checkpoints import AtomicCheckpointIO, checkpoint_callbacks, read_checkpoint
 from mmfuse.training.data import TrainingCollate
-from mmfuse.training.module import AdamWSpec, MultimodalModule, NonFiniteLossError
+from mmfuse.training.guard import NonFiniteLossError
+from mmfuse.training.module import AdamWSpec, MultimodalModule
 from mmfuse.training.stages import Stage
 
 ALL = {"encoder": 1e-2, "connector": 1e-2, "decoder": 1e-2}
@@ -349,3 +350,60 @@ def test_a_strategys_projectors_start_from_the_connector_when_a_stage_begins_to_
 def test_a_strategy_whose_parameters_no_stage_tunes_is_named(spec: NetworkSpec) -> None:
     with pytest.warns(UserWarning, match="GatedCrossAttention has parameters of its own and no stage tunes them"):
         MultimodalModule(replace(spec, fusion="cross_attention"), [stage()])
+
+
+class OneMicroBatchBreaks(MultimodalModule):
+    """The loss of the first micro-batch is no number, that of the second is."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        bad = batch["keys"][0] == "sample-0"
+        if bad:
+            with torch.no_grad():
+                batch["pixel_values"] = batch["pixel_values"] * float("nan")
+        return super().training_step(batch, batch_idx)
+
+
+def test_only_samples_of_the_micro_batch_that_broke_are_named(spec: NetworkSpec) -> None:
+    module = OneMicroBatchBreaks(spec, [stage(2)])
+    with pytest.raises(NonFiniteLossError, match=r"Samples of the step: sample-0, sample-1\. Lower"):
+        fit(module, [SHORT, LONG] * 2, accumulate_grad_batches=2)
+
+
+class GradientBreaks(MultimodalModule):
+    """The loss is finite and a gradient is not."""
+
+    def on_after_backward(self) -> None:
+        if self.global_step == 1:
+            grad = self.network.get_parameter(BROKEN).grad
+            assert grad is not None
+            grad[0] = float("inf")
+
+
+def test_gradient_that_is_not_finite_stops_the_run(spec: NetworkSpec) -> None:
+    with pytest.raises(
+        NonFiniteLossError, match=r"and a gradient is not finite at step 1, stage 's'.*sample-2, sample-3"
+    ):
+        fit(GradientBreaks(spec, [stage(3)]), [SHORT, LONG, SHORT])
+
+
+class WeightBreaks(MultimodalModule):
+    """The optimizer itself makes a weight infinite, with all losses and gradients finite."""
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.global_step == 1:  # counted when this returns
+            with torch.no_grad():
+                self.network.get_parameter(BROKEN)[0] = float("inf")
+
+
+def test_weights_that_are_not_finite_do_not_replace_the_checkpoint(spec: NetworkSpec, tmp_path: Path) -> None:
+    callbacks = checkpoint_callbacks(tmp_path, every_n_steps=1)
+    with pytest.raises(NonFiniteLossError, match=f"weights {BROKEN} are no longer finite after step 2; no checkpoint"):
+        fit(
+            WeightBreaks(spec, [stage(6)]),
+            [SHORT] * 6,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=True,
+        )
+    assert read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"] == 1

@@ -150,7 +150,8 @@ def test_best_checkpoint_survives_a_crash(
     ]
     best = read_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt", map_location="cpu")
     assert best["global_step"] == 4
-    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
+    held = ["best.ckpt", "last.ckpt", "previous.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == held
 
 
 def test_finished_run_that_is_resumed_makes_no_step(

@@ -11,12 +11,15 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
+from mmfuse.data.remote import RemoteCache, check_scheme
 from mmfuse.data.samples import Sample
+from mmfuse.data.sources.folder import FolderSource
 from mmfuse.data.sources.json_files import JSONSource
+from mmfuse.data.sources.parquet import ParquetSource
 from mmfuse.data.sources.shards import ShardSource
 from mmfuse.errors import DataError
 
-__all__ = ["JSONSource", "ShardSource", "Source", "expand_braces", "open_source"]
+__all__ = ["FolderSource", "JSONSource", "ParquetSource", "ShardSource", "Source", "expand_braces", "open_source"]
 
 _JSON: Final = (".json", ".jsonl")
 _MANIFEST: Final = "manifest.json"
@@ -40,9 +43,24 @@ class Source(Protocol):
 
     name: str
 
+    @property
+    def parts(self) -> Sequence[int]:
+        """Number of samples in each shard, or in each run of neighbours; reading within one is cheap."""
+        ...
+
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def key(self, index: int) -> str:
+        """Return what names the sample in messages, without reading it."""
+        ...
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return the sample with this number."""
+        ...
+
+    def read(self, index: int) -> Sample:
+        """Return the same sample with media that are still to be decoded, see `Undecoded`."""
+        ...
 
     def fingerprint(self) -> str:
         """Return a hash that is another one when the data are; where they lie does not matter."""
@@ -53,8 +71,10 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
     """Open the data at `path` and check their structure.
 
     Args:
-        path: a `.tar` shard; a folder of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json`
-            or `.jsonl` file of LLaVA conversations, chats or documents; or a folder that holds one such file. A folder
+        path: a URL of `.tar` shards (http, https, s3, gs), which are fetched into a cache; or a `.tar` shard; a folder
+            of them; a pattern such as `train-*.tar` or `train-{0000..0003}.tar`; a `.json` or `.jsonl` file of LLaVA
+            conversations, chats or documents; a `.parquet` file with images inside; a folder that holds one such file,
+            or several of parquet; or a folder of images with a text beside each. A folder
             that holds shards is read as shards, whatever else it holds.
         images: for JSON: the folder to which names of images are relative, if it is not the file's own.
 
@@ -63,11 +83,8 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
         DataError: a URL, or data that cannot be used; see `ShardSource` and `JSONSource`.
     """
     given = os.path.expanduser(os.fspath(path))
-    if url := _URL.match(given):
-        raise DataError(
-            f"{given}: {url[0]} is not supported: sources are local files, remote shards cannot be streamed yet; "
-            "download them first"
-        )
+    if _URL.match(given):
+        return _open_remote(given, images)
     place = Path(given)
     if images is not None and not Path(images).expanduser().is_dir():
         raise FileNotFoundError(f"{images}: there is no such folder of images")
@@ -80,12 +97,18 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
         if shards:
             _refuse_parts(place)
             return _open_shards(place.name, shards, images, ["*.tar"])
+        if parquet := sorted(place.rglob("*.parquet")):
+            return ParquetSource(parquet, place.name)
+        if not any(path.suffix in _JSON for path in place.iterdir()) and any(place.rglob("*.txt")):
+            return FolderSource(place)
         place = _only_json(place)
     if place.suffix == ".tar":
         return _open_shards(place.name, [place], images)
+    if place.suffix == ".parquet":
+        return ParquetSource([place], place.name)
     if place.suffix not in _JSON:
         hint = "; compressed shards cannot be read at random, unpack them to .tar" if ".tar" in place.name else ""
-        raise DataError(f"{place}: unknown kind of data; expected .tar, .json or .jsonl{hint}")
+        raise DataError(f"{place}: unknown kind of data; expected .tar, .json, .jsonl or .parquet{hint}")
     return JSONSource(place, None if images is None else Path(images).expanduser())
 
 
@@ -130,6 +153,24 @@ def _matches(pattern: str) -> list[Path]:
         if path.suffix != ".tar":
             raise DataError(f"{pattern}: patterns name .tar shards, and {path} is none")
     return paths
+
+
+def _open_remote(given: str, images: str | Path | None) -> ShardSource:
+    """Fetch the shards that a URL with braces names, and open the copies."""
+    check_scheme(given)
+    urls = expand_braces(given)
+    for url in urls:
+        if not url.endswith(".tar"):
+            raise DataError(f"{url}: URLs name .tar shards, with braces for several, such as train-{{0000..0003}}.tar")
+    paths = RemoteCache(cache_folder() / "remote").fetch(urls)
+    return _open_shards(Path(given).name, paths, images)
+
+
+def cache_folder() -> Path:
+    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
+    if "MMFUSE_CACHE" in os.environ:
+        return Path(os.environ["MMFUSE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"
 
 
 def _only_json(folder: Path) -> Path:

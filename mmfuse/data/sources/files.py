@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from mmfuse.errors import DataError
+from mmfuse.errors import SourceError
 
 #: Of one pool and process: well below the usual limit of 1024, however many shards a source has.
 MAX_OPEN: Final = 64
@@ -35,20 +35,21 @@ class FilePool:
 
     Attributes:
         sizes: of the files in bytes, when the pool was made.
+        times: of their last changes, in nanoseconds.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = tuple(paths)
         stats = [path.stat() for path in self.paths]
         self.sizes = tuple(stat.st_size for stat in stats)
-        self._times = tuple(stat.st_mtime_ns for stat in stats)
+        self.times = tuple(stat.st_mtime_ns for stat in stats)
         self._open: OrderedDict[int, _Handle] = OrderedDict()
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Return up to `size` bytes; fewer at the end of the file.
 
         Raises:
-            DataError: the file is another one than when the pool was made.
+            SourceError: the file is another one than when the pool was made.
             OSError: it cannot be read.
         """
         handle = self._open.pop(number, None) or self._opened(number)
@@ -67,8 +68,8 @@ class FilePool:
     def _opened(self, number: int) -> _Handle:
         handle = _Handle(self.paths[number])
         stat = os.fstat(handle.fd)
-        if (stat.st_size, stat.st_mtime_ns) != (self.sizes[number], self._times[number]):
-            raise DataError(f"{self.paths[number]} has changed since it was indexed; start again to read the new one")
+        if (stat.st_size, stat.st_mtime_ns) != (self.sizes[number], self.times[number]):
+            raise SourceError(f"{self.paths[number]} has changed since it was indexed; start again to read the new one")
         return handle
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,21 +7,24 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
+from mmfuse.data.sources.features import FEATURE_FORMATS
 from mmfuse.data.sources.files import FilePool
-from mmfuse.data.sources.images import decode_image
 from mmfuse.data.sources.records import parse_record
+from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.errors import DataError
 from mmfuse.models.media import MEDIA
 
 _SPACE: Final = re.compile(r"[ \t\r\n]*")
 _BOM: Final = b"\xef\xbb\xbf"
+#: Records whose media are likely to lie together.
+_PART: Final = 1024
 
 
 class JSONSource:
@@ -39,65 +42,100 @@ class JSONSource:
 
     def __init__(self, path: Path, images: Path | None = None) -> None:
         self.name = path.name
+        self.path = path
         self._root = Path(os.path.abspath(images if images is not None else path.parent))
         self._pool = FilePool([path])
         data = path.read_bytes()
         spans: list[tuple[int, int]] = []
         for number, (begin, end, raw) in enumerate(_records(path, data)):
             where = f"{path}[{number}]"
-            for modality, names in parse_record(raw, where).media.items():
-                for name in names:
-                    self._path(modality, name, where)
+            sample_of_record(raw, where, self._root)
             spans.append((begin, end))
         if not spans:
             raise DataError(f"{path} holds no samples")
         self._spans = np.array(spans, dtype=np.int64)
         self._digest = hashlib.sha256(data).hexdigest()
 
+    @property
+    def parts(self) -> list[int]:
+        whole, rest = divmod(len(self), _PART)
+        return [_PART] * whole + ([rest] if rest else [])
+
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> Sample:
+        return decoded(self.read(index))
+
+    def key(self, index: int) -> str:
+        return f"{self.name}[{range(len(self))[index]}]"
+
+    def read(self, index: int) -> Sample:
         at = range(len(self))[index]
         begin, end = self._spans[at].tolist()
-        key = f"{self.name}[{at}]"
-        record = parse_record(json.loads(self._pool.read(0, begin, end - begin)), key)
-        media = {
-            modality: tuple(self._medium(modality, name, key) for name in names)
-            for modality, names in record.media.items()
-        }
-        return Sample(
-            key, media["image"], record.messages, record.text, record.info, audio=media["audio"], eeg=media["eeg"]
-        )
+        return sample_of_record(json.loads(self._pool.read(0, begin, end - begin)), self.key(at), self._root)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the file's name and contents; its media do not enter."""
         return hashlib.sha256(json.dumps([self.name, self._digest]).encode()).hexdigest()
 
-    def _medium(self, modality: str, name: str, key: str) -> Any:
-        path = self._path(modality, name, key)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{key}: there is no {modality} {path}") from error
-        except OSError as error:
-            raise OSError(f"{key}: cannot read the {modality} {path}: {error}") from error
-        ending = _ending(path)
-        where = f"{key}, {path}"
-        return decode_features(data, ending, where) if ending in FEATURE_FORMATS else decode_image(data, where)
 
-    def _path(self, modality: str, name: str, where: str) -> Path:
-        """Data bring names from elsewhere: none may lead out of the folder of images."""
-        if "://" in name or name.startswith("data:"):
-            plural = MEDIA[modality].plural
-            raise DataError(f"{where}: the {modality} {name!r:.80} is a URL; {plural} are read from files")
-        path = Path(os.path.normpath(self._root / name))
-        if not path.is_relative_to(self._root) or path == self._root:
-            raise DataError(f"{where}: the {modality} {name!r} lies outside of the folder of images {self._root}")
-        if modality != "image" and _ending(path) not in FEATURE_FORMATS:
-            formats = ", ".join(f".{ending}" for ending in FEATURE_FORMATS)
-            raise DataError(f"{where}: the {modality} {name!r} holds no features; expected one of {formats}")
-        return path
+def sample_of_record(raw: object, key: str, root: Path) -> Sample:
+    """The sample of one record, whose names of files are relative to `root`; no file is opened.
+
+    Raises:
+        DataError: the record cannot be used, or names a file outside of `root`.
+    """
+    record = parse_record(raw, key)
+    media = {
+        modality: tuple(_medium(modality, name, key, root) for name in names)
+        for modality, names in record.media.items()
+    }
+    return Sample(
+        key, media["image"], record.messages, record.text, record.info, audio=media["audio"], eeg=media["eeg"]
+    )
+
+
+def records_with_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield every record of a JSON file with the number of the line on which it begins.
+
+    Raises:
+        DataError: naming file and line where it is no JSON.
+    """
+    data = path.read_bytes()
+    line, seen = 1, 0
+    for begin, _, raw in _records(path, data):
+        line, seen = line + data.count(b"\n", seen, begin), begin
+        yield line, raw
+
+
+def _medium(modality: str, name: str, key: str, root: Path) -> Undecoded:
+    path = _path(modality, name, key, root)
+    return Undecoded(partial(_file_bytes, path, modality, key), _ending(path), f"{key}, {path}")
+
+
+def _path(modality: str, name: str, where: str, root: Path) -> Path:
+    """Data bring names from elsewhere: none may lead out of the folder of images."""
+    if "://" in name or name.startswith("data:"):
+        plural = MEDIA[modality].plural
+        raise DataError(f"{where}: the {modality} {name!r:.80} is a URL; {plural} are read from files")
+    root = Path(os.path.abspath(root))
+    path = Path(os.path.normpath(root / name))
+    if not path.is_relative_to(root) or path == root:
+        raise DataError(f"{where}: the {modality} {name!r} lies outside of the folder of images {root}")
+    if modality != "image" and _ending(path) not in FEATURE_FORMATS:
+        formats = ", ".join(f".{ending}" for ending in FEATURE_FORMATS)
+        raise DataError(f"{where}: the {modality} {name!r} holds no features; expected one of {formats}")
+    return path
+
+
+def _file_bytes(path: Path, modality: str, key: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: there is no {modality} {path}") from error
+    except OSError as error:
+        raise OSError(f"{key}: cannot read the {modality} {path}: {error}") from error
 
 
 def _ending(path: Path) -> str:

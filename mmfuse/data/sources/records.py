@@ -10,13 +10,20 @@ from mmfuse.errors import DataError, unknown
 from mmfuse.models.chat import Message
 from mmfuse.models.media import MEDIA
 
-_SPEAKERS: Final = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_SPEAKERS: Final = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 _ROLES: Final = ("system", "user", "assistant")
 _BODIES: Final = ("messages", "conversations", "text")
 _UNREAD: Final = ("video", "videos")
 #: Under which keys a record names the files of its media.
-_NAMES: Final = {"image": ("image", "images"), "audio": ("audio", "audios"), "eeg": ("eeg", "eegs")}
-_READ: Final = frozenset((*_BODIES, *(key for keys in _NAMES.values() for key in keys)))
+MEDIA_KEYS: Final = {"image": ("image", "images"), "audio": ("audio", "audios"), "eeg": ("eeg", "eegs")}
+_READ: Final = frozenset((*_BODIES, *(key for keys in MEDIA_KEYS.values() for key in keys)))
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def parse_record(raw: object, where: str) -> Record:
         messages = tuple(one(message, f"{where}: {bodies[0]}[{number}]") for number, message in enumerate(body))
     contents = [message["content"] for message in messages or ()]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
-    media = {modality: _file_names(modality, raw, parts, where) for modality in _NAMES}
+    media = {modality: _file_names(modality, raw, parts, where) for modality in MEDIA_KEYS}
     info = {name: value for name, value in raw.items() if name not in _READ}
     return Record(messages, body if messages is None else None, media, info)
 
@@ -102,7 +109,7 @@ def _file_names(
     modality: str, raw: Mapping[str, Any], parts: Sequence[Mapping[str, Any]], where: str
 ) -> tuple[str, ...]:
     """Names stand beside the messages (`image` or `images`), or all in the content parts."""
-    keys = _NAMES[modality]
+    keys = MEDIA_KEYS[modality]
     beside = [name for name in keys if raw.get(name)]
     inside = [part.get(modality, part.get("path")) for part in parts if part["type"] == modality]
     if len(beside) + any(name is not None for name in inside) > 1:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -19,17 +19,22 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mmfuse.data.cache import load_arrays, save_arrays
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
+from mmfuse.data.sources.features import FEATURE_FORMATS
 from mmfuse.data.sources.files import FilePool
-from mmfuse.data.sources.images import FORMATS, decode_image
+from mmfuse.data.sources.images import FORMATS
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.tar import Member, members
-from mmfuse.errors import DataError
+from mmfuse.data.sources.undecoded import Undecoded, decoded
+from mmfuse.errors import DataError, SourceError
 from mmfuse.models.media import MEDIA
 
 _IMAGE: Final = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(FORMATS)})")
 _FEATURES: Final = re.compile(rf"({'|'.join(MEDIA)})\.(?:(\d+)\.)?({'|'.join(FEATURE_FORMATS)})")
+#: Smaller shards are looked through again in a moment.
+_WORTH_STORING: Final = 1 << 22
+_SPOT: Final = 1 << 14
 _PICKLES: Final = ("pyd", "pkl", "pickle", "pth", "pt", "npz", "ten")
 
 
@@ -75,7 +80,7 @@ class ShardSource:
             raise DataError(f"{name}: a source needs at least one shard")
         self.name = name
         self._pool = FilePool(paths)
-        self._shards = [_index(self._pool, number) for number in range(len(paths))]
+        self._shards = [_stored_index(self._pool, number) for number in range(len(paths))]
         self._pool.close()
         self._ends = np.array(list(accumulate(len(shard.keys) for shard in self._shards)))
         self._checksums = dict(checksums or {})
@@ -83,44 +88,67 @@ class ShardSource:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def parts(self) -> list[int]:
+        return [len(shard.keys) for shard in self._shards]
+
     def __getitem__(self, index: int) -> Sample:
+        return decoded(self.read(index))
+
+    def key(self, index: int) -> str:
+        return self._place(index)[2]
+
+    def _place(self, index: int) -> tuple[int, int, str]:
+        """Shard, row in it, and key of a sample."""
         at = range(len(self))[index]
         number = int(np.searchsorted(self._ends, at, side="right"))
-        shard = self._shards[number]
         row = at - (int(self._ends[number - 1]) if number else 0)
-        key = f"{self._pool.paths[number].name}:{shard.keys[row].decode(errors='replace')}"
+        key = self._shards[number].keys[row].decode(errors="replace")
+        return number, row, f"{self._pool.paths[number].name}:{key}"
+
+    def read(self, index: int) -> Sample:
+        number, row, key = self._place(index)
+        shard = self._shards[number]
         own = slice(int(shard.begins[row]), int(shard.begins[row + 1]))
         kinds, offsets, sizes = (column[own].tolist() for column in (shard.kinds, shard.offsets, shard.sizes))
-        # The members lie together: one call reads them all.
-        begin, end = min(offsets), max(offset + size for offset, size in zip(offsets, sizes, strict=True))
-        data = self._pool.read(number, begin, end - begin)
-        if len(data) != end - begin:
-            raise DataError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
-        parts = [data[offset - begin : offset - begin + size] for offset, size in zip(offsets, sizes, strict=True)]
+        parts = [partial(self._bytes, number, key, *place) for place in zip(offsets, sizes, strict=True)]
         return _sample(key, [_KINDS[kind] for kind in kinds], parts)
 
+    def _bytes(self, number: int, key: str, offset: int, size: int) -> bytes:
+        data = self._pool.read(number, offset, size)
+        if len(data) != size:
+            raise SourceError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
+        return data
+
     def fingerprint(self) -> str:
-        """Return a SHA-256 over names, sizes and tables of members, and over the manifest's checksums."""
+        """Return a SHA-256 over names, sizes and tables of members, and the manifest's checksums.
+
+        Of a shard that no manifest lists, begin, middle and end stand for its contents.
+        """
         digest = hashlib.sha256()
-        for path, size, shard in zip(self._pool.paths, self._pool.sizes, self._shards, strict=True):
+        for number, (path, size, shard) in enumerate(
+            zip(self._pool.paths, self._pool.sizes, self._shards, strict=True)
+        ):
             digest.update(json.dumps([path.name, size, self._checksums.get(path)]).encode())
+            for offset in () if path in self._checksums else (0, size // 2, max(0, size - _SPOT)):
+                digest.update(self._pool.read(number, offset, _SPOT))
             for column in shard:
                 digest.update(column.tobytes())
         return digest.hexdigest()
 
 
-def _sample(key: str, kinds: Sequence[_Kind], parts: Sequence[bytes]) -> Sample:
+def _sample(key: str, kinds: Sequence[_Kind], parts: Sequence[Callable[[], bytes]]) -> Sample:
     media: dict[str, list[Any]] = {name: [] for name in MEDIA}
     for kind, part in zip(kinds, parts, strict=True):
         if kind.modality:
             own = media[kind.modality]
-            where = f"{key}, {kind.modality} {len(own)}"
-            own.append(decode_image(part, where) if kind == _PICTURE else decode_features(part, kind.ending, where))
-    raw: Any = {}
+            ending = "" if kind == _PICTURE else kind.ending
+            own.append(Undecoded(part, ending, f"{key}, {kind.modality} {len(own)}"))
+    record_bytes = parts[kinds.index(_JSON)]() if _JSON in kinds else b"{}"
+    text_bytes = parts[kinds.index(_TXT)]() if _TXT in kinds else None
     try:
-        if _JSON in kinds:
-            raw = json.loads(parts[kinds.index(_JSON)])
-        text = parts[kinds.index(_TXT)].decode() if _TXT in kinds else None
+        raw: Any = json.loads(record_bytes)
+        text = None if text_bytes is None else text_bytes.decode()
     except ValueError as error:
         raise DataError(f"{key}: the record cannot be read: {error}") from error
     if text is not None:
@@ -141,6 +169,20 @@ def _with_placeholders(text: str, media: Mapping[str, Sequence[Any]]) -> str:
     if any(placeholder in text for placeholder in present):
         return text
     return "".join(placeholder * count for placeholder, count in present.items()) + text
+
+
+def _stored_index(pool: FilePool, number: int) -> _Index:
+    """The index of a shard, from the cache if it was made of this very file: of the same size and time."""
+    path = pool.paths[number]
+    made_from = f"{pool.sizes[number]} {pool.times[number]} {len(_KINDS)}"
+    if pool.sizes[number] < _WORTH_STORING:
+        return _index(pool, number)
+    stored = load_arrays(path, made_from)
+    if stored is not None and stored.keys() == set(_Index._fields):
+        return _Index(**stored)
+    index = _index(pool, number)
+    save_arrays(path, made_from, index._asdict())
+    return index
 
 
 def _index(pool: FilePool, number: int) -> _Index:
