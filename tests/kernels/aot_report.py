@@ -164,7 +164,7 @@ def amd_facts(kernel: Any) -> dict[str, Any]:
 def report(architecture: str, case: Case) -> dict[str, Any]:
     nvidia = architecture.startswith("sm_")
     itemsize = 4 if case.dtype == "fp32" else 2
-    launch = case.launch or launch_of(case.kernel, case.head_dim, itemsize, amd=not nvidia)
+    launch = case.launch or launch_of(case.kernel + "+" * case.with_classes, case.head_dim, itemsize, amd=not nvidia)
     target = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
     kernel = compiled(case, launch, target)
     facts = nvidia_facts(kernel) if nvidia else amd_facts(kernel)

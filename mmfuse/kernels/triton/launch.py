@@ -30,6 +30,12 @@ _NVIDIA = {
     "dq": {64: Launch(64, 64, 4), 128: Launch(64, 32, 4), 256: Launch(64, 32, 8)},
     "dkv": {64: Launch(64, 32, 4), 128: Launch(64, 32, 8), 256: Launch(32, 32, 8)},
 }
+#: Where a bias and shares by class would spill registers in those launches.
+_WITH_CLASSES = {
+    "forward+": {128: Launch(64, 32, 8), 256: Launch(64, 16, 8)},
+    "dq+": {64: Launch(64, 32, 4)},
+    "dkv+": {64: Launch(64, 16, 4)},
+}
 _AMD = {
     "forward": {64: Launch(64, 64, 4), 128: Launch(64, 32, 4), 256: Launch(64, 32, 4)},
     "dq": {64: Launch(64, 64, 4), 128: Launch(64, 32, 4), 256: Launch(64, 16, 4)},
@@ -59,6 +65,9 @@ _CLEAN = {
 _ANY = "64x64w4 64x64w8 64x32w4 64x32w8 32x32w4 32x32w8"
 _SMALL = {"delta": Launch(16, 64, 4), "decode": Launch(32, 32, 4)}
 
+#: Statistics are taken in the steps of the forward pass.
+_STEPS = {"statistics+": "forward"}
+
 #: Queries times heads of a group that the decode kernel holds at most.
 DECODE_ROWS = _SMALL["decode"].rows
 
@@ -69,15 +78,17 @@ def padded(size: int) -> int:
 
 
 def launch_of(kernel: str, head_dim: int, itemsize: int, *, amd: bool) -> Launch:
-    """The launch of `kernel` for numbers of `itemsize` bytes; statistics are taken in the steps of the forward pass."""
+    """The launch of `kernel` for numbers of `itemsize` bytes.
+
+    A plus behind its name, as in `forward+`, means with a bias and shares by class.
+    """
     if kernel in _SMALL:
         return _SMALL[kernel]
-    if kernel == "statistics":
-        kernel = "forward"
     width = max(64, padded(head_dim))
     if itemsize > 2:
         return (_FLOAT32 if itemsize == 4 else _FLOAT64)[width]
-    return (_AMD if amd else _NVIDIA)[kernel][width]
+    special = None if amd else _WITH_CLASSES.get(kernel, {}).get(width)
+    return special or (_AMD if amd else _NVIDIA)[_STEPS.get(kernel, kernel.removesuffix("+"))][width]
 
 
 def shortlist(kernel: str, head_dim: int, itemsize: int, *, amd: bool) -> tuple[Launch, ...]:

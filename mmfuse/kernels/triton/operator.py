@@ -101,7 +101,7 @@ def masked_statistics(
     mass = None if mass is None else mass.to(sums(q)) / LN2
     bias = None if bias is None else (bias.to(sums(q)) / LN2).contiguous()
     classes = classes.to(torch.int32).contiguous()
-    launch = launch_for("statistics", q)
+    launch = launch_for("statistics+", q)
     shares, entropy, peak = run_statistics(q, k, mass, bias, classes, lists, blocks, scale, launch)
     return shares, entropy * LN2, peak * LN2
 
@@ -123,7 +123,7 @@ def attention_forward(
     by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(output, log-sum-exp, shares); `by_key` is for the backward."""
-    launch = launch_for("forward", q)
+    launch = launch_for("forward" if classes is None else "forward+", q)
     return run_forward(q, k, v, mass, bias, classes, by_query, (block_q, block_k), scale, launch)
 
 
@@ -146,8 +146,9 @@ def attention_backward(
     q, k, v, d_out = (rows_without_gaps(x) for x in (q, k, v, d_out))
     delta = run_delta(out, d_out, d_lse, shares, d_shares, launch_for("delta", q))
     saved = Backward(q, k, v, bias, classes, d_out, d_shares, lse, delta, (block_q, block_k), scale)
-    dq, d_bias = run_dq(saved, by_query, launch_for("dq", q))
-    dk, dv = run_dkv(saved, by_key, launch_for("dkv", q))
+    plus = "" if classes is None else "+"
+    dq, d_bias = run_dq(saved, by_query, launch_for("dq" + plus, q))
+    dk, dv = run_dkv(saved, by_key, launch_for("dkv" + plus, q))
     return dq, dk, dv, delta, d_bias
 
 
