@@ -43,6 +43,9 @@ if command -v compute-sanitizer > /dev/null; then
 else
     echo "== sanitizer: compute-sanitizer is not installed, left out" | tee "$report/sanitizer.txt"
 fi
+step tune "$python" -m mmfuse kernels --tune --device cuda --mask mma --length 4096 --heads 32 --head-dim 128 --dtype bfloat16
+step tune64 "$python" -m mmfuse kernels --tune --device cuda --mask mma --length 4096 --heads 32 --head-dim 64 --dtype bfloat16
+step tuned_oracle "$python" benchmarks/gpu_oracle.py --device cuda --repeats 30 --head-dims 64 128
 step speed "$python" benchmarks/gpu_oracle.py --device cuda --repeats 1 --time --lengths 2048 8192
 step benchmark "$python" benchmarks/attention.py --device cuda --lengths 2048 8192 --heads 32 --head-dim 128 --memory
 echo "gpu_session: all green, reports in $report/"

@@ -20,7 +20,8 @@ from torch import Tensor
 from mmfuse.errors import unknown
 from mmfuse.kernels.call import BackendError, Call
 from mmfuse.kernels.classes import Statistics, with_class_columns
-from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, choose
+from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, Backend, choose
+from mmfuse.kernels.order import tile_order
 from mmfuse.kernels.reference import attention_weights
 from mmfuse.kernels.visibility import Visibility
 
@@ -62,7 +63,13 @@ def attend(
     if bias is None:
         _check(q, k, v, visibility, mass, None, backend)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        return BACKENDS[_able(backend, visibility, Call.of(q, k, v, mass))].run(q, k, v, visibility, scale, mass)
+        chosen = BACKENDS[_able(backend, visibility, Call.of(q, k, v, mass))]
+        order = tile_order(visibility) if chosen.tiled else None
+        if order is None:
+            return chosen.run(q, k, v, visibility, scale, mass)
+        mass = None if mass is None else order.sort_rows(mass)
+        q, k, v = map(order.sort, (q, k, v))
+        return order.restore(chosen.run(q, k, v, order.visibility, scale, mass))
     return attend_with_shares(q, k, v, visibility, scale=scale, mass=mass, bias=bias, backend=backend)[0]
 
 
@@ -104,13 +111,31 @@ def attend_with_shares(
     """
     _check(q, k, v, visibility, mass, bias, backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = _able(backend, visibility, Call.of(q, k, v, mass, bias))
-    native = BACKENDS[name].with_shares
-    if native is not None:
-        return native(q, k, v, visibility, scale, mass, bias)
+    chosen = BACKENDS[_able(backend, visibility, Call.of(q, k, v, mass, bias))]
+    order = tile_order(visibility) if chosen.tiled else None
+    if order is None:
+        return _with_shares(chosen, q, k, v, visibility, scale, mass, bias)
+    q, k, v = map(order.sort, (q, k, v))
+    mass = None if mass is None else order.sort_rows(mass)
+    out, shares = _with_shares(chosen, q, k, v, order.visibility, scale, mass, bias)
+    return order.restore(out), order.restore(shares)
+
+
+def _with_shares(
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    scale: float,
+    mass: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The backend's own way, or columns of keys and values."""
+    if backend.with_shares is not None:
+        return backend.with_shares(q, k, v, visibility, scale, mass, bias)
     width, classes = q.shape[3], len(visibility.names)
-    columns = with_class_columns(q, k, v, visibility, scale, bias)
-    out = BACKENDS[name].run(*columns, visibility, scale, mass)
+    out = backend.run(*with_class_columns(q, k, v, visibility, scale, bias), visibility, scale, mass)
     return out[..., :width], out[..., width : width + classes]
 
 
@@ -134,7 +159,7 @@ def attention_statistics(
         scale: as in `attend`.
         mass: `[B, Sq]`, as in `attend`.
         bias: `[H, C, C]`, as in `attend`.
-        backend: `reference`, in parts of a few rows, so that long sequences fit; `auto` is the same.
+        backend: `reference`, some rows at a time, so that long sequences fit, or `triton`; `auto` is `reference`.
 
     Returns:
         Tensors over `[B, H, Sq]`; see `Statistics`.

@@ -7,6 +7,9 @@
 | `rectangles` | torch's fused attention on each rectangle of the mask   | devices other than the CPU; masks that |
 |              |                                                         | a window or SELF cuts; more than 1,024 |
 | `flex`       | FlexAttention on the planner's block mask               | gradients on the CPU                   |
+| `flex_flash` | the same by FlashAttention 4; experimental              | all but NVIDIA from Hopper on with     |
+|              |                                                         | flash-attn-4; numbers wider than 16    |
+|              |                                                         | bits                                   |
 | `triton`     | our kernels over the planner's tile lists               | the CPU, but in the interpreter; heads |
 |              |                                                         | wider than 256                         |
 
@@ -27,7 +30,7 @@ from mmfuse.kernels.call import Call
 from mmfuse.kernels.classes import Statistics
 from mmfuse.kernels.rectangles import Rectangle, rectangle_cover
 from mmfuse.kernels.triton import refusal as triton_refusal
-from mmfuse.kernels.triton import triton_attention, triton_with_shares
+from mmfuse.kernels.triton import triton_attention, triton_statistics, triton_with_shares
 from mmfuse.kernels.visibility import Visibility
 
 # The cost rule, fitted to forward and backward passes on the CPU (float32, 16 heads of width 64, N = 256 to 2048, see
@@ -54,6 +57,7 @@ class Backend:
     Attributes:
         run: called with q, k, v, visibility, scale and mass.
         refusal: why it cannot run a call, or None if it can.
+        tiled: whether its cost is that of the tiles of a plan, so that an order of tokens that fills fewer pays.
         with_shares: called with these and a bias by class; the output and the shares of each class. None where `run`
             gives them through columns of keys and values.
         statistics: called with q, k, visibility, scale, mass and bias; None where there are none.
@@ -61,6 +65,7 @@ class Backend:
 
     run: Callable[[Tensor, Tensor, Tensor, Visibility, float, Tensor | None], Tensor]
     refusal: Callable[[Visibility, Call], str | None]
+    tiled: bool = False
     with_shares: WithShares | None = None
     statistics: StatisticsOf | None = None
 
@@ -72,12 +77,16 @@ def _never_refuses(visibility: Visibility, call: Call) -> None:
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {
         "reference": Backend(
-            reference.reference, _never_refuses, reference.reference_with_shares, reference.reference_statistics
+            reference.reference,
+            _never_refuses,
+            with_shares=reference.reference_with_shares,
+            statistics=reference.reference_statistics,
         ),
         "sdpa": Backend(sdpa.sdpa, _never_refuses),
         "rectangles": Backend(merged.rectangles, merged.refusal),
-        "flex": Backend(flex.flex, flex.refusal),
-        "triton": Backend(triton_attention, triton_refusal, triton_with_shares),
+        "flex": Backend(flex.flex, flex.refusal, tiled=True),
+        "flex_flash": Backend(flex.flex_flash, flex.flash_refusal, tiled=True),
+        "triton": Backend(triton_attention, triton_refusal, True, triton_with_shares, triton_statistics),
     }
 )
 

@@ -1,13 +1,17 @@
-"""The `flex` backend: torch's FlexAttention on the block mask that our planner makes.
+"""The backends `flex` and `flex_flash`: torch's FlexAttention on the block mask that our planner makes.
 
 On a GPU the kernel is compiled. On the CPU it is run as it is: compiling takes seconds for every new mask, and there is
 no backward pass on the CPU either way, so it is a check of the mask there and not a fast path.
+
+`flex_flash` asks FlexAttention for the kernels of FlashAttention 4 (`BACKEND="FLASH"`), which torch calls experimental.
+No GPU has run it here.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -31,8 +35,32 @@ def refusal(visibility: Visibility, call: Call) -> str | None:
     return None
 
 
+def flash_refusal(visibility: Visibility, call: Call) -> str | None:
+    """Why FlashAttention 4 cannot do this, or None."""
+    if call.device != "cuda" or torch.version.hip is not None:
+        return f"FlashAttention 4 runs on NVIDIA GPUs, this is {call.device}"
+    if call.dtype not in (torch.float16, torch.bfloat16):
+        return f"FlashAttention 4 takes float16 and bfloat16, got {str(call.dtype).removeprefix('torch.')}"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
+        return "FlashAttention 4 needs a GPU from Hopper on"
+    if find_spec("flash_attn") is None or find_spec("flash_attn.cute") is None:
+        return "it needs the package flash-attn-4, which is not installed here"
+    return None
+
+
 def flex(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None) -> Tensor:
     """Masked attention by FlexAttention; rows that see nothing give 0."""
+    return _run(q, k, v, visibility, scale, mass, "AUTO")
+
+
+def flex_flash(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None) -> Tensor:
+    """The same by FlexAttention's FlashAttention 4."""
+    return _run(q, k, v, visibility, scale, mass, "FLASH")
+
+
+def _run(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None, kernels: str
+) -> Tensor:
     mask = visibility.remember("block mask", lambda: block_mask(visibility))
     run: Any = torch.compile(flex_attention)
     if q.device.type == "cpu":
@@ -47,6 +75,7 @@ def flex(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, 
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=AuxRequest(lse=True),
+            kernel_options={"BACKEND": kernels},
         )
     if mass is None:
         return out

@@ -19,6 +19,7 @@ from mmfuse.data.quarantine import QUARANTINE, Quarantine
 from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
+from mmfuse.paths import cache_directory
 from mmfuse.training.stages import Stage
 
 
@@ -254,7 +255,7 @@ class HandwritingData(MultimodalData):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        folder = (Path(cache) if cache is not None else default_cache()) / f"handwriting-{scenes.fingerprint()}"
+        folder = (Path(cache) if cache is not None else cache_directory()) / f"handwriting-{scenes.fingerprint()}"
         parts = {part: SourceSpec(str(folder / f"{part}-*.tar")) for part in ("align", "instruct", "val", "test")}
         super().__init__(
             stages,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -15,8 +17,14 @@ from mmfuse.fusion import CLASSES, FUSIONS, NAAViT
 from mmfuse.fusion.base import CAUSAL_RULES, MEDIA, axis_of
 from mmfuse.kernels import BACKENDS, Call, Condition, Visibility, choose, plan_blocks
 from mmfuse.kernels.neighbourhood import Window2D
+from mmfuse.kernels.triton import DTYPES as TRITON_DTYPES
 from mmfuse.sequence import TokenMap
 from mmfuse.training.commands import StrictParser
+
+if TYPE_CHECKING:
+    # Triton is imported where a GPU is at hand.
+    from mmfuse.kernels.triton.launch import Launch
+    from mmfuse.kernels.triton.tuning import Trial
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 MASKS = ("packed", "no_image_to_image", "window_2d", *FUSIONS)
@@ -26,6 +34,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; `argv` begins with its name."""
     options = _parser().parse_args(argv[1:])
     visibility = example(options.mask, options.length, options.batch)
+    if options.tune:
+        return _tune(visibility, options)
     call = Call(options.heads, options.head_dim, DTYPES[options.dtype], options.device, options.backward)
     choice, plan = choose(visibility, call), plan_blocks(visibility)
     table = Table("backend", "auto", "why", box=None, title=None)
@@ -47,6 +57,44 @@ def main(argv: Sequence[str]) -> int:
     )
     console.print(table)
     return 0
+
+
+def _tune(visibility: Visibility, options: argparse.Namespace) -> int:
+    """Measure the launches of the Triton kernels on the GPU at hand, keep the fastest, and print all."""
+    if options.device != "cuda" or not torch.cuda.is_available():
+        found = "there is one" if torch.cuda.is_available() else "torch finds none here"
+        raise ConfigError(f"kernels: --tune measures on a GPU: it needs --device cuda, and {found}")
+    if DTYPES[options.dtype] not in TRITON_DTYPES:
+        raise ConfigError(f"kernels: the Triton kernels do not take {options.dtype} on a GPU")
+    from triton.testing import do_bench
+
+    from mmfuse.kernels.triton.measure import measure_launches
+    from mmfuse.kernels.triton.tuning import fastest, keep, launches_file
+
+    shape = (options.batch, options.heads, options.length, options.head_dim)
+    q, k, v = (torch.randn(shape, dtype=DTYPES[options.dtype], device="cuda") for _ in range(3))
+    gpu = torch.cuda.get_device_name()
+    plan = plan_blocks(visibility.to("cuda"))
+    console = Console(highlight=False)
+    with console.status("each launch is compiled and timed; this takes minutes"):
+        trials = measure_launches(q, k, v, plan, lambda run: do_bench(run, return_mode="median"))
+    for kernel, tried in trials.items():
+        best = fastest(tried)
+        if best is not None:
+            keep(kernel, options.head_dim, q.itemsize, gpu, best)
+        console.print(trial_table(kernel, tried, best))
+    console.print(f"kept for {gpu} in {launches_file()}")
+    return 0
+
+
+def trial_table(kernel: str, trials: Sequence[Trial], best: Launch | None) -> Table:
+    """A table of the launches of a kernel, the built-in one first."""
+    table = Table("rows", "columns", "warps", "stages", "ms", "", box=None, title=kernel, title_justify="left")
+    for i, trial in enumerate(trials):
+        told = [trial.problem or "", "built in" if i == 0 else "", "fastest" if trial.launch == best else ""]
+        time = "" if trial.time is None else f"{trial.time:.3f}"
+        table.add_row(*map(str, trial.launch), time, ", ".join(filter(None, told)))
+    return table
 
 
 def example(mask: str, length: int, batch: int = 1) -> Visibility:
@@ -99,5 +147,6 @@ def _parser() -> StrictParser:
     parser.add_argument("--head-dim", type=int, default=64, metavar="N", help="width of a head (default: 64)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of q, k and v (default: float32)")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where it runs (default: cpu)")
+    parser.add_argument("--tune", action="store_true", help="time the Triton kernels' launches, keep the fastest")
     parser.add_argument("--backward", action="store_true", help="gradients are asked for, too")
     return parser

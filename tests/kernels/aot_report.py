@@ -5,7 +5,7 @@
 
 Runs as a program of its own: a process that interprets kernels cannot compile them, and this variable tells them apart.
 A case is kernel:head_dim[:dtype[:ROWSxCOLUMNSwWARPS]]; without the last the launch table decides. A kernel with a plus
-behind its name, as forward+, has a bias and shares by class.
+behind its name, as forward+, has a bias and shares by class; statistics+ always has.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from mmfuse.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
 from mmfuse.kernels.triton.decode import decode_kernel
 from mmfuse.kernels.triton.forward import forward_kernel
 from mmfuse.kernels.triton.launch import Launch, launch_of, padded
+from mmfuse.kernels.triton.statistics import statistics_kernel
 
 KERNELS = {
     "forward": forward_kernel,
@@ -38,7 +39,9 @@ KERNELS = {
     "dq": dq_kernel,
     "dkv": dkv_kernel,
     "decode": decode_kernel,
+    "statistics": statistics_kernel,
 }
+SUMS = ("LSE", "DELTA", "PART", "PART_LSE", "ENTROPY", "PEAK")
 #: Of bias and shares by class.
 COLUMNS = ("BIAS", "SHARES", "D_SHARES", "D_BIAS")
 BLOCK = 64
@@ -81,7 +84,9 @@ def constants(case: Case, launch: Launch) -> dict[str, Any]:
 def compiled(case: Case, launch: Launch, target: GPUTarget) -> Any:
     kernel, fixed = KERNELS[case.kernel], constants(case, launch)
     pointers = dict.fromkeys(["Q", "K", "V", "OUT", "D_OUT", "DQ", "DK", "DV"], case.dtype)
-    pointers |= dict.fromkeys(["LSE", "DELTA", "PART", "PART_LSE", *COLUMNS], "fp32") | {"WORDS": "i64"}
+    pointers |= dict.fromkeys(["LSE", "DELTA", "PART", "PART_LSE", "ENTROPY", "PEAK", *COLUMNS], "fp32") | {
+        "WORDS": "i64"
+    }
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in fixed:
@@ -159,7 +164,7 @@ def amd_facts(kernel: Any) -> dict[str, Any]:
 def report(architecture: str, case: Case) -> dict[str, Any]:
     nvidia = architecture.startswith("sm_")
     itemsize = 4 if case.dtype == "fp32" else 2
-    launch = case.launch or launch_of(case.kernel, case.head_dim, itemsize, amd=not nvidia)
+    launch = case.launch or launch_of(case.kernel + "+" * case.with_classes, case.head_dim, itemsize, amd=not nvidia)
     target = GPUTarget("cuda", int(architecture[3:]), 32) if nvidia else GPUTarget("hip", architecture, 64)
     kernel = compiled(case, launch, target)
     facts = nvidia_facts(kernel) if nvidia else amd_facts(kernel)
@@ -173,6 +178,7 @@ def budget() -> dict[str, dict[str, list[int]]]:
     cases = [f"{kernel}:{dim}" for kernel in ("forward", "dq", "dkv") for dim in heads]
     cases += [f"{kernel}:{dim}" for kernel in ("delta", "decode") for dim in (64, 128, 256)]
     cases += [f"{kernel}:64:fp16" for kernel in ("forward", "dq", "dkv")]
+    cases += [f"{kernel}+:{dim}" for kernel in ("forward", "dq", "dkv", "statistics") for dim in (64, 128, 256)]
     return {
         architecture: {case: report(architecture, Case.parse(case))["loops"] for case in cases}
         for architecture in ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -16,6 +16,7 @@ from mmfuse.fusion.base import ANSWER, CLASSES, MEDIA, PROMPT, axis_of, base_vis
 from mmfuse.kernels import BACKENDS, BackendError, Call, Condition, Visibility, attend
 from mmfuse.kernels.attention import attention_weights
 from mmfuse.sequence import TokenMap
+from mmfuse.testing import backends_here
 
 kinds = st.sampled_from(["text", "image", "answer"])
 layouts = st.lists(st.tuples(kinds, st.integers(1, 3)), min_size=1, max_size=4)
@@ -65,7 +66,7 @@ def refused(backend: str, visibility: Visibility, inputs: list[Tensor]) -> bool:
 
 
 #: The interpreter takes seconds for random shapes, of which each hypothesis example has another.
-MANY = [pytest.param(backend, marks=[pytest.mark.slow] if backend == "triton" else []) for backend in BACKENDS]
+MANY = [pytest.param(backend, marks=[pytest.mark.slow] if backend == "triton" else []) for backend in backends_here()]
 
 
 def learns(backend: str) -> bool:
@@ -73,7 +74,7 @@ def learns(backend: str) -> bool:
     return backend != "flex"
 
 
-LEARNING = [backend for backend in BACKENDS if learns(backend)]
+LEARNING = [backend for backend in backends_here() if learns(backend)]
 
 
 def gradients(out: Tensor, inputs: list[Tensor], direction: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +117,7 @@ def test_backend_equals_attention_by_hand(
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backend_keeps_the_dtype(backend: str, dtype: torch.dtype) -> None:
     visibility = visibilities([[("text", 3), ("image", 2), ("text", 2)], [("text", 2)]], "mma", "right")
@@ -145,7 +146,7 @@ def test_rows_without_keys_give_zero_and_take_no_gradient(backend: str) -> None:
         assert gradient[0].abs().amax(-1).min() > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 def test_contents_of_padding_have_no_effect(backend: str) -> None:
     visibility = visibilities([[("text", 3), ("image", 2), ("text", 2)], [("text", 2)]], "mma", "left")
     q, k, v = (x.detach() for x in draw(visibility, 4, 2, torch.float32))
@@ -245,7 +246,7 @@ def test_mass_is_one_more_key_of_value_zero(
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 def test_no_mass_at_all_is_minus_infinity(backend: str) -> None:
     visibility = base_visibility(TokenMap.from_layout([("text", 4)]))
     q, k, v = (x.detach() for x in draw(visibility, 2, 2))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mmfuse.fusion import FUSIONS
 from mmfuse.kernels import (
-    BACKENDS,
     BackendError,
     Call,
     Visibility,
@@ -19,6 +18,7 @@ from mmfuse.kernels import (
     attention_statistics,
 )
 from mmfuse.sequence import TokenMap
+from mmfuse.testing import backends_here
 
 LAYOUTS = [[("text", 3), ("image", 6), ("text", 4), ("answer", 5)], [("image", 4), ("text", 5)]]
 SCALE = 0.3
@@ -67,7 +67,7 @@ def rows_by_hand(
 
 @pytest.mark.parametrize("with_mass", [False, True])
 @pytest.mark.parametrize("fusion", ["mma", "naavit"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 def test_bias_and_shares_are_what_they_are_by_hand(backend: str, fusion: str, with_mass: bool) -> None:
     visibility = visibility_of(fusion)
     # FlexAttention has no backward pass on the CPU.
@@ -104,7 +104,7 @@ def test_the_kernels_bias_and_shares_hold_over_whole_blocks(width: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", backends_here())
 def test_shares_sum_to_one_where_a_row_sees_anything(backend: str) -> None:
     visibility = visibility_of()
     qkv, _, _ = draw(visibility, grad=False)
@@ -115,7 +115,7 @@ def test_shares_sum_to_one_where_a_row_sees_anything(backend: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend != "reference"])
+@pytest.mark.parametrize("backend", [backend for backend in backends_here() if backend != "reference"])
 def test_a_bias_is_not_rounded_to_16_bits(backend: str, dtype: torch.dtype) -> None:
     """Classes whose biases differ by less than bfloat16 can say at their size get shares that differ so: by 0.013.
 
@@ -137,7 +137,7 @@ def test_statistics_are_what_they_are_by_hand(with_mass: bool) -> None:
     qkv, mass, bias = draw(visibility, grad=False)
     some = mass if with_mass else None
     _, shares, entropy, peak = rows_by_hand(qkv, some, bias, visibility)
-    for backend in ("auto", "reference"):
+    for backend in ("auto", "reference", "triton"):
         mine = attention_statistics(*qkv[:2], visibility, scale=SCALE, mass=some, bias=bias, backend=backend)
         for x, y in zip((mine.shares, mine.entropy, mine.max_logit), (shares, entropy, peak), strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
@@ -154,6 +154,23 @@ def test_statistics_in_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, 300.0])
+def test_the_kernels_statistics_hold_over_whole_blocks(sharpness: float) -> None:
+    """Full and partial blocks, scores in the hundreds, and a mass that outweighs them or is nothing."""
+    runs = [[("text", 90), ("image", 100), ("answer", 10)], [("image", 130), ("text", 20)]]
+    visibility = FUSIONS["mma"]().visibility(TokenMap.batch([TokenMap.from_layout(layout) for layout in runs]))
+    qkv, mass, bias = draw(visibility, grad=False, width=80)
+    q, k, _ = qkv
+    mass[:, ::3], mass[:, 1::3] = -torch.inf, 3 * sharpness
+    for some, add in ((None, None), (mass, bias), (None, bias)):
+        found = [
+            attention_statistics(q * sharpness, k, visibility, scale=SCALE, mass=some, bias=add, backend=backend)
+            for backend in ("triton", "reference")
+        ]
+        for x, y in zip(vars(found[0]).values(), vars(found[1]).values(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
 def test_an_even_row_has_the_entropy_of_its_keys() -> None:
     visibility = visibility_of("causal")
     q, k, _ = (torch.zeros_like(x) for x in draw(visibility, grad=False)[0])
@@ -167,7 +184,7 @@ def test_what_cannot_be_is_refused() -> None:
     qkv, _, bias = draw(visibility)
     with pytest.raises(ValueError, match=r"bias must be \[H, C, C\] = \[4, 3, 3\], got \[3, 3, 3\]"):
         attend(*qkv, visibility, bias=bias[:3])
-    with pytest.raises(BackendError, match=r"'sdpa' keeps no statistics\. Backends that do: reference"):
+    with pytest.raises(BackendError, match=r"'sdpa' keeps no statistics\. Backends that do: reference, triton"):
         attention_statistics(*qkv[:2], visibility, backend="sdpa")
     with pytest.raises(BackendError, match="'flex' refuses: FlexAttention has no backward pass on the CPU"):
         attend(*(x.detach() for x in qkv), visibility, bias=bias, backend="flex")

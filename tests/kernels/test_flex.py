@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from mmfuse.fusion import FUSIONS
-from mmfuse.kernels import BackendError, attend
+from mmfuse.kernels import BackendError, Call, attend, flex
 from mmfuse.kernels.flex import block_mask, mask_mod
 from mmfuse.sequence import TokenMap
+from mmfuse.training.kernels import example
 
 LAYOUT = [("text", 20), ("image", 140), ("text", 190), ("answer", 30), ("image", 64), ("text", 9), ("answer", 12)]
 PARTS = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
@@ -28,6 +29,38 @@ def test_block_mask_is_the_one_that_torch_makes(name: str) -> None:
             for part in (*PARTS, *TURNED):
                 assert torch.equal(getattr(mine, part), getattr(theirs, part)), part
             assert torch.equal(mine.to_dense(), theirs.to_dense())
+
+
+@pytest.mark.parametrize("mask", ["window_2d", "packed"])
+def test_block_mask_of_windows_and_documents_is_the_one_that_torch_makes(mask: str) -> None:
+    visibility = example(mask, 500, 2)
+    mine = block_mask(visibility)
+    theirs = create_block_mask(mask_mod(visibility), 2, None, 500, 500, "cpu")
+    for part in (*PARTS, *TURNED):
+        assert torch.equal(getattr(mine, part), getattr(theirs, part)), part
+    seen = create_mask(mask_mod(visibility), 2, 1, 500, 500, "cpu")
+    assert torch.equal(seen[:, 0], visibility.dense())
+
+
+@pytest.mark.parametrize(
+    ("call", "capability", "package", "told"),
+    [
+        (Call(2, 64, torch.bfloat16), (9, 0), True, "runs on NVIDIA GPUs, this is cpu"),
+        (Call(2, 64, torch.float32, "cuda"), (9, 0), True, "takes float16 and bfloat16, got float32"),
+        (Call(2, 64, torch.bfloat16, "cuda"), (8, 0), True, "needs a GPU from Hopper on"),
+        (Call(2, 64, torch.bfloat16, "cuda"), None, True, "needs a GPU from Hopper on"),
+        (Call(2, 64, torch.bfloat16, "cuda"), (9, 0), False, "needs the package flash-attn-4"),
+        (Call(2, 64, torch.bfloat16, "cuda"), (10, 0), True, None),
+    ],
+)
+def test_flash_attention_4_is_refused_by_name(
+    call: Call, capability: tuple[int, int] | None, package: bool, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(flex, "find_spec", lambda name: name if package else None)
+    refusal = flex.flash_refusal(example("mma", 8), call)
+    assert refusal is None if told is None else told in str(refusal)
 
 
 def test_gradients_on_the_cpu_are_refused() -> None:

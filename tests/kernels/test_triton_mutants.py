@@ -65,6 +65,14 @@ MUTANTS = {
         "backward", "d_weights = dot_onto(one_hot, tl.trans(d_shares), d_weights, PRECISION)", "d_weights += 0.0",
     ),
     "gradient of the bias": ("operator", "d_bias * LN2", "d_bias"),
+    "statistics without the mass": (
+        "statistics", "tl.math.exp2(rest - larger) + tl.math.exp2(mass - larger)", "tl.math.exp2(rest - larger)",
+    ),
+    "moment not faded": ("statistics", "(moment + total * step) * fade", "(moment + total * step)"),
+    "moment of another peak": ("statistics", "(moment + total * step)", "(moment)"),
+    "sign of the moment": ("statistics", "rest * total - moment", "rest * total + moment"),
+    "hidden is counted": ("statistics", f"tl.where(seen, scores, {INF})", "tl.where(seen, scores, -9.0)"),
+    "shares of another peak": ("statistics", "shares * fade[:, None]", "shares"),
     "parts not weighed": ("decode", "parts * shares[:, None]", "parts"),
     "share too short": ("decode", "tl.minimum(start + (split + 1)", "tl.minimum(start + split"),
     "first query": ("decode", "(head % GROUP) * length_q + query\n", "(head % GROUP) * length_q\n"),
@@ -103,7 +111,7 @@ def guarded(batch: int, heads: int, length: int) -> Tensor:
 def results(operator: ModuleType, plan: BlockPlan, last: BlockPlan, *, with_mass: bool) -> list[Tensor]:
     """Output, log-sum-exp and gradients of a prefill, and output and log-sum-exp of its last rows decoded.
 
-    With a mass, the prefill has a bias by class and shares, too.
+    With a mass, the prefill has a bias by class and shares, too, and there are the statistics of its rows.
     """
     torch.manual_seed(0)
     q, k, v = (guarded(2, heads, plan.keys).requires_grad_() for heads in (4, 2, 2))
@@ -116,10 +124,19 @@ def results(operator: ModuleType, plan: BlockPlan, last: BlockPlan, *, with_mass
     outputs = outputs if with_mass else outputs[:2]
     inputs = [x for x in (q, k, v, mass, bias) if x is not None]
     gradients = torch.autograd.grad(outputs, inputs, [torch.randn_like(x) for x in outputs])
+    statistics: tuple[Tensor, ...] = ()
+    if classes is not None:
+        statistics = operator.masked_statistics(
+            q.detach(), k.detach(), plan, classes, scale=0.3, mass=mass.detach(), bias=bias.detach()
+        )
     tail = [x.detach()[:, :, -last.queries :] if x is q else x.detach() for x in (q, k, v)]
     some = None if mass is None else mass.detach()[:, -last.queries :]
     return [
-        x.detach() for x in (*outputs, *gradients, *operator.masked_attention(*tail, last, scale=0.3, mass=some)[:2])
+        x.detach()
+        for x in (
+            *(*outputs, *gradients, *statistics),
+            *operator.masked_attention(*tail, last, scale=0.3, mass=some)[:2],
+        )
     ]
 
 

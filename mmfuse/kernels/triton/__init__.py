@@ -2,7 +2,7 @@
 
     launch.py      how large a step each kernel takes
     primitives.py  products, rows and bit tiles
-    forward.py, backward.py, decode.py
+    forward.py, backward.py, decode.py, statistics.py
                    the kernels
     operator.py    the kernels as torch operators
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmfuse.kernels.call import Call
-from mmfuse.kernels.classes import bias_by_query
+from mmfuse.kernels.classes import Statistics, bias_by_query
 from mmfuse.kernels.plan import plan_blocks
 from mmfuse.kernels.visibility import Visibility
 
@@ -41,11 +41,27 @@ def triton_with_shares(
     """The output and the shares of the classes, summed in the kernels."""
     from mmfuse.kernels.triton.operator import masked_attention
 
-    wide = torch.promote_types(q.dtype, torch.float32)
-    rows = None if bias is None else bias_by_query(bias.to(wide), visibility)
+    rows = _bias_of_rows(q, visibility, bias)
     plan, classes = plan_blocks(visibility), visibility.keys.cls
     out, _, shares = masked_attention(q, k, v, plan, scale=scale, mass=mass, bias=rows, classes=classes)
     return out, shares[..., : len(visibility.names)].to(q.dtype)
+
+
+def triton_statistics(
+    q: Tensor, k: Tensor, visibility: Visibility, scale: float, mass: Tensor | None, bias: Tensor | None
+) -> Statistics:
+    """Shares, entropy and largest score, in one pass over the keys."""
+    from mmfuse.kernels.triton.operator import masked_statistics
+
+    rows = _bias_of_rows(q, visibility, bias)
+    plan, classes = plan_blocks(visibility), visibility.keys.cls
+    shares, entropy, peak = masked_statistics(q, k, plan, classes, scale=scale, mass=mass, bias=rows)
+    return Statistics(shares[..., : len(visibility.names)], entropy, peak)
+
+
+def _bias_of_rows(q: Tensor, visibility: Visibility, bias: Tensor | None) -> Tensor | None:
+    """`[B, H, Sq, 8]` from `[H, C, C]`, in float32 at least."""
+    return None if bias is None else bias_by_query(bias.to(torch.promote_types(q.dtype, torch.float32)), visibility)
 
 
 def refusal(visibility: Visibility, call: Call) -> str | None:

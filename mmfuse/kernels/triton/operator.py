@@ -1,27 +1,35 @@
 """The kernels as torch operators, which autograd and torch.compile know.
 
 Shapes: queries `[B, H, Sq, D]`, keys and values `[B, Hkv, Sk, D]`, log-sum-exp `[B, H, Sq]`. Inside the operators the
-mass and the log-sum-exp are in units of log2, which is what the kernels' exp2 asks for.
+mass and the log-sum-exp are in units of log2.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from mmfuse.kernels.plan import BlockPlan, TileLists
-from mmfuse.kernels.triton.backward import delta_kernel, dkv_kernel, dq_kernel
-from mmfuse.kernels.triton.decode import decode_kernel, merge_kernel
-from mmfuse.kernels.triton.forward import forward_kernel
-from mmfuse.kernels.triton.launch import Launch, decode_splits, launch_of, padded
-from mmfuse.kernels.visibility import MAX_CLASSES
-
-LN2 = math.log(2.0)
+from mmfuse.kernels.plan import BlockPlan
+from mmfuse.kernels.triton.launch import DECODE_ROWS
+from mmfuse.kernels.triton.run import (
+    LN2,
+    Backward,
+    arguments_of,
+    launch_for,
+    like_columns,
+    like_output,
+    rows_without_gaps,
+    run_decode,
+    run_delta,
+    run_dkv,
+    run_dq,
+    run_forward,
+    run_statistics,
+    sums,
+)
 
 
 def masked_attention(
@@ -55,20 +63,15 @@ def masked_attention(
     Raises:
         ValueError: the plan is of another shape, or its blocks are no multiples of 64.
     """
-    asked, planned = (q.shape[0], q.shape[2], k.shape[2]), (plan.batch, plan.queries, plan.keys)
-    if asked != planned:
-        raise ValueError(f"the plan is for (B, Sq, Sk) = {planned}, but q and k ask for {asked}")
-    blocks = (plan.block_q, plan.block_k)
-    if any(side % 64 for side in blocks):
-        raise ValueError(f"bit tiles come in words of 64: blocks must be multiples of 64, got {blocks}")
+    blocks = _blocks(q, k, plan)
     by_query, by_key = arguments_of(plan.by_query, plan.words), arguments_of(plan.by_key, plan.words_t)
-    mass_log2 = None if mass is None else mass.to(_sums(q)) / LN2
+    mass_log2 = None if mass is None else mass.to(sums(q)) / LN2
     if classes is None and bias is not None:
         raise ValueError("a bias is by class: it needs the classes of the keys")
-    bias_log2 = None if bias is None else (bias.to(_sums(q)) / LN2).contiguous()
+    bias_log2 = None if bias is None else (bias.to(sums(q)) / LN2).contiguous()
     classes = None if classes is None else classes.to(torch.int32).contiguous()
     inputs = (q, k, v, mass_log2)
-    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= _launch("decode", q).rows
+    few = q.shape[2] * (q.shape[1] // k.shape[1]) <= DECODE_ROWS
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     if few and not wanted and classes is None:
         out, lse = attention_decode(*inputs, by_query, *blocks, scale)
@@ -77,10 +80,41 @@ def masked_attention(
     return out, lse * LN2, shares
 
 
-def arguments_of(lists: TileLists, words: Tensor) -> list[Tensor]:
-    """One orientation of a plan in the order of the kernels' parameters."""
-    full, partial = (lists.full_offsets, lists.full_blocks), (lists.partial_offsets, lists.partial_blocks)
-    return [lists.order, *full, *partial, lists.partial_tiles, words]
+@torch.no_grad()
+def masked_statistics(
+    q: Tensor,
+    k: Tensor,
+    plan: BlockPlan,
+    classes: Tensor,
+    *,
+    scale: float,
+    mass: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shares of the classes, entropy and largest score of each row; the arguments are those of `masked_attention`.
+
+    Returns:
+        `[B, H, Sq, 8]`, the weights by class of the key; `[B, H, Sq]`, -Σ p log p over the keys, in nats; and
+        `[B, H, Sq]`, the largest score with its bias, -inf where a row sees nothing. In float32, or float64.
+    """
+    blocks, lists = _blocks(q, k, plan), arguments_of(plan.by_query, plan.words)
+    mass = None if mass is None else mass.to(sums(q)) / LN2
+    bias = None if bias is None else (bias.to(sums(q)) / LN2).contiguous()
+    classes = classes.to(torch.int32).contiguous()
+    launch = launch_for("statistics+", q)
+    shares, entropy, peak = run_statistics(q, k, mass, bias, classes, lists, blocks, scale, launch)
+    return shares, entropy * LN2, peak * LN2
+
+
+def _blocks(q: Tensor, k: Tensor, plan: BlockPlan) -> tuple[int, int]:
+    """The sides of the plan's blocks, if it fits."""
+    asked, planned = (q.shape[0], q.shape[2], k.shape[2]), (plan.batch, plan.queries, plan.keys)
+    if asked != planned:
+        raise ValueError(f"the plan is for (B, Sq, Sk) = {planned}, but q and k ask for {asked}")
+    blocks = (plan.block_q, plan.block_k)
+    if any(side % 64 for side in blocks):
+        raise ValueError(f"bit tiles come in words of 64: blocks must be multiples of 64, got {blocks}")
+    return blocks
 
 
 @torch.library.custom_op("mmfuse::attention_forward", mutates_args=())
@@ -89,21 +123,8 @@ def attention_forward(
     by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(output, log-sum-exp, shares); `by_key` is for the backward."""
-    q, k, v = (_rows_without_gaps(x) for x in (q, k, v))
-    batch, heads, queries, head_dim = q.shape
-    out, lse = _like_output(q)
-    shares = _like_columns(lse, classes)
-    launch = _launch("forward", q)
-    grid = (len(by_query[0]) * (block_q // launch.rows), heads)
-    forward_kernel[grid](
-        q, k, v, mass, bias, classes, out, lse, shares, *by_query,
-        scale / LN2, queries, k.shape[2], len(by_query[0]) // batch,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        GROUP=heads // k.shape[1], D=head_dim, W=padded(head_dim), BLOCK_Q=block_q, BLOCK_K=block_k,
-        R=launch.rows, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
-        num_warps=launch.warps, num_stages=launch.stages,
-    )  # fmt: skip
-    return out, lse, shares
+    launch = launch_for("forward" if classes is None else "forward+", q)
+    return run_forward(q, k, v, mass, bias, classes, by_query, (block_q, block_k), scale, launch)
 
 
 @attention_forward.register_fake
@@ -111,8 +132,8 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, bias: Tensor | None, classes: Tensor | None,
     by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out, lse = _like_output(q)
-    return out, lse, _like_columns(lse, classes)
+    out, lse = like_output(q)
+    return out, lse, like_columns(lse, classes)
 
 
 @torch.library.custom_op("mmfuse::attention_backward", mutates_args=())
@@ -122,41 +143,12 @@ def attention_backward(
     by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(gradients of q, k and v, delta `[B, H, Sq]`, gradient of the bias); `d_lse` is of the natural log-sum-exp."""
-    q, k, v, d_out = (_rows_without_gaps(x) for x in (q, k, v, d_out))
-    batch, heads, queries, head_dim = q.shape
-    key_heads, keys = k.shape[1:3]
-    dq, dk, dv, delta = _like_gradients(q, k)
-    d_bias = _like_columns(delta, bias)
-    shape: dict[str, Any] = {"D": head_dim, "W": padded(head_dim), "ACC": _accumulator(q)}
-    launch = _launch("delta", q)
-    delta_kernel[(-(-queries // launch.rows), heads, batch)](
-        out,
-        d_out,
-        d_lse,
-        shares,
-        d_shares,
-        delta,
-        queries,
-        *d_out.stride()[:3],
-        R=launch.rows,
-        num_warps=launch.warps,
-        **shape,
-    )
-    shape |= {"GROUP": heads // key_heads, "BLOCK_Q": block_q, "BLOCK_K": block_k, "PRECISION": _precision(q)}
-    strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *d_out.stride()[:3])
-    scales = (scale / LN2, scale, queries, keys)
-    launch = _launch("dq", q)
-    dq_kernel[(len(by_query[0]) * (block_q // launch.rows), heads)](
-        q, k, v, d_out, bias, classes, d_shares, lse, delta, dq, d_bias, *by_query,
-        *scales, len(by_query[0]) // batch, *strides,
-        R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
-    )  # fmt: skip
-    launch = _launch("dkv", q)
-    dkv_kernel[(len(by_key[0]) * (block_k // launch.rows), key_heads)](
-        q, k, v, d_out, bias, classes, d_shares, lse, delta, dk, dv, *by_key,
-        *scales, len(by_key[0]) // batch, *strides,
-        R=launch.rows, C=launch.columns, num_warps=launch.warps, num_stages=launch.stages, **shape,
-    )  # fmt: skip
+    q, k, v, d_out = (rows_without_gaps(x) for x in (q, k, v, d_out))
+    delta = run_delta(out, d_out, d_lse, shares, d_shares, launch_for("delta", q))
+    saved = Backward(q, k, v, bias, classes, d_out, d_shares, lse, delta, (block_q, block_k), scale)
+    plus = "" if classes is None else "+"
+    dq, d_bias = run_dq(saved, by_query, launch_for("dq" + plus, q))
+    dk, dv = run_dkv(saved, by_key, launch_for("dkv" + plus, q))
     return dq, dk, dv, delta, d_bias
 
 
@@ -166,8 +158,8 @@ def _(
     out: Tensor, lse: Tensor, shares: Tensor, d_out: Tensor, d_lse: Tensor | None, d_shares: Tensor | None,
     by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    gradients = _like_gradients(q, k)
-    return *gradients, _like_columns(gradients[3], bias)
+    delta = torch.empty(q.shape[:3], dtype=sums(q), device=q.device)
+    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), delta, like_columns(delta, bias)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -204,24 +196,7 @@ def attention_decode(
     block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output, log-sum-exp) of few queries; no gradient."""
-    q, k, v = (_rows_without_gaps(x) for x in (q, k, v))
-    batch, heads, queries, head_dim = q.shape
-    key_heads, keys = k.shape[1:3]
-    out, lse = _like_output(q)
-    launch, rows = _launch("decode", q), padded(queries * heads // key_heads)
-    splits = decode_splits(batch * key_heads, keys, block_k)
-    part = torch.empty(batch, key_heads, splits, rows, head_dim, dtype=lse.dtype, device=q.device)
-    part_lse = torch.empty(part.shape[:-1], dtype=lse.dtype, device=q.device)
-    shape: dict[str, Any] = {"GROUP": heads // key_heads, "D": head_dim, "W": padded(head_dim)}
-    shape |= {"SPLITS": splits, "R": rows}
-    decode_kernel[(batch, key_heads, splits)](
-        q, k, v, part, part_lse, *by_query[1:], scale / LN2, queries, keys,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        BLOCK_Q=block_q, BLOCK_K=block_k, C=launch.columns, ACC=_accumulator(q), PRECISION=_precision(q),
-        num_warps=launch.warps, **shape,
-    )  # fmt: skip
-    merge_kernel[(queries, heads, batch)](part, part_lse, mass, out, lse, queries, **shape)
-    return out, lse
+    return run_decode(q, k, v, mass, by_query, (block_q, block_k), scale, launch_for("decode", q))
 
 
 @attention_decode.register_fake
@@ -229,40 +204,4 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor],
     block_q: int, block_k: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _like_output(q)
-
-
-def _launch(kernel: str, q: Tensor) -> Launch:
-    return launch_of(kernel, q.shape[3], q.itemsize, amd=torch.version.hip is not None)
-
-
-def _like_output(q: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), torch.empty(q.shape[:3], dtype=_sums(q), device=q.device)
-
-
-def _like_columns(lse: Tensor, wanted: Tensor | None) -> Tensor:
-    """`[B, H, Sq, 8]` like the log-sum-exp; empty if nothing is wanted."""
-    return lse.new_empty((*lse.shape, MAX_CLASSES) if wanted is not None else 0)
-
-
-def _like_gradients(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    delta = torch.empty(q.shape[:3], dtype=_sums(q), device=q.device)
-    return q.new_empty(q.shape), k.new_empty(k.shape), k.new_empty(k.shape), delta
-
-
-def _rows_without_gaps(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
-
-
-def _sums(q: Tensor) -> torch.dtype:
-    """What sums over keys are kept in."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _accumulator(q: Tensor) -> tl.dtype:
-    return tl.float64 if q.dtype == torch.float64 else tl.float32
-
-
-def _precision(q: Tensor) -> str:
-    """How products of float32 are rounded: as torch was told to do it everywhere."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return like_output(q)
