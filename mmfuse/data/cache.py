@@ -1,4 +1,4 @@
-"""The folder for what can be made again: demo data and tables of shards."""
+"""Tables of shards, stored once and used while the shard is the same."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from mmfuse.paths import cache_directory
+
 Arrays = dict[str, NDArray[Any]]
 #: Changes when the meaning of what is stored does.
 VERSION: Final = 1
 _SEAL: Final = "seal"
-
-
-def default_cache() -> Path:
-    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if "MMFUSE_CACHE" in os.environ:
-        return Path(os.environ["MMFUSE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"
 
 
 def load_arrays(path: Path, made_from: str) -> Arrays | None:
@@ -56,7 +51,7 @@ def save_arrays(path: Path, made_from: str, arrays: Mapping[str, NDArray[Any]]) 
 
 
 def _place(path: Path) -> Path:
-    return default_cache() / "shards" / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]}.npz"
+    return cache_directory() / "shards" / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]}.npz"
 
 
 def _seal(arrays: Mapping[str, NDArray[Any]], made_from: str) -> bytes:

@@ -12,7 +12,6 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Subset
 
 from mmfuse.data import Plan, Sample, Source, StagePlan, StreamLoader, encode_sample, open_source
-from mmfuse.data.cache import default_cache
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.data.loader import StreamProgress
 from mmfuse.data.quarantine import QUARANTINE, Quarantine
