@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from mmfuse.errors import ConfigError, DataError
+from mmfuse.errors import ConfigError, DataError, StoppedError
 from mmfuse.eval.results import write_text_atomically
 from mmfuse.training.callbacks import ModelSummary, StepMetrics, StepSeeds, progress_callback
 from mmfuse.training.checkpoints import (
@@ -46,6 +46,9 @@ from mmfuse.training.strict import explain_mistake, unknown_flag
 
 # What a run's config file leaves out: they belong to one call and not to the run.
 _PER_CALL = ("config", "ckpt_path", "verbose", "return_predictions")
+
+# What tells a process that it is a rank, and where the others are.
+_OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class MultimodalCLI(LightningCLI):
@@ -244,9 +247,33 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a key, class, flag or value that is not known, with what was probably meant.
     """
-    parse_and_build(argv)
+    before = {name: os.environ.get(name) for name in _OF_RANKS}
+    end: StoppedError | SystemExit | None = None
+    try:
+        parse_and_build(argv)
+    except StoppedError as stopped:
+        end = StoppedError(*stopped.args)  # without the frames of the other, which hold the trainer
+    except SystemExit as stopped:
+        end = SystemExit(stopped.code)
+    finally:
+        _restore_environment(before)
     _leave_process_group()
+    if end is not None:
+        raise end
     return 0
+
+
+def _restore_environment(before: Mapping[str, str | None]) -> None:
+    """Undo what Lightning's launcher has written: who inherits it would take itself for a rank, and await the others.
+
+    Args:
+        before: values by name; None where there was none.
+    """
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _leave_process_group() -> None:

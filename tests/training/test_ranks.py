@@ -116,13 +116,18 @@ def test_batch_of_text_alone_on_one_rank_does_not_hang(
     assert len(rows) == 10 and all(row["train/loss"] < 100 for row in rows)
 
 
-def test_no_thread_of_the_process_group_outlives_the_command(
+def test_nothing_of_the_process_group_outlives_the_command(
     mmfuse: Command, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Such threads abort a finished rank, now and then, while the interpreter shuts down."""
+    """Its threads abort a finished rank, now and then, while the interpreter shuts down; a command that inherits
+    `LOCAL_RANK` starts no other ranks and waits for them for ever.
+    """
+    before = dict(os.environ)
     words = ["fit", "--config", write_config(), "--out", tmp_path / "run", "--trainer.strategy", "ddp"]
     assert mmfuse(*words, "--trainer.devices", "1").code == 0
     assert not torch.distributed.is_initialized()
+    changed = {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+    assert not [name for name in changed if "RANK" in name or "MASTER" in name or "WORLD" in name]
     tasks = Path("/proc/self/task")
     if tasks.exists():
         threads = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
