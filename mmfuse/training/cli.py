@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
+from mmfuse.training.sharding import ShardedStrategy, is_fsdp2, refuse_other_sharding, register, whole_weights
 from mmfuse.training.stages import Schedule, Stage
 from mmfuse.training.streaming import SampleLog
 from mmfuse.training.strict import explain_mistake, unknown_flag
@@ -139,6 +141,9 @@ class MultimodalCLI(LightningCLI):
             loggers = [self.metrics, TensorBoardLogger(self.out, name="tensorboard", version="")]
             asked = options.trainer.logger
             loggers += [logger for logger in _as_list(asked) if isinstance(logger, Logger)]
+        refuse_other_sharding(options.trainer.strategy)
+        if self.subcommand in ("test", "predict") and is_fsdp2(options.trainer.strategy):
+            raise ConfigError(f"{self.subcommand} generates on whole weights: use --trainer.strategy auto or ddp")
         options.trainer.callbacks = [*_as_list(options.trainer.callbacks), *self._own_callbacks(options)]
         try:
             trainer = super().instantiate_trainer(
@@ -187,9 +192,17 @@ class MultimodalCLI(LightningCLI):
         best = self.out / "checkpoints" / "best.ckpt"
         if best.exists():
             load_network_weights(best, self.model)
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        weights = whole_weights(self.model.network) if sharded else None
         if self.trainer.is_global_zero:
-            export_model(self.out, self.model)
-        if self.datamodule.held_out["test"] is not None:
+            export_model(self.out, self.model, weights)
+        if sharded and self.trainer.is_global_zero:
+            # Ranks generate answers of different length, and sharded layers would wait for each other.
+            print("mmfuse: no questions were answered, as the weights are sharded: see `mmfuse test`", file=sys.stderr)
+            write_run_results(self.out, self.trainer, self.model)
+        elif sharded:
+            return
+        elif self.datamodule.held_out["test"] is not None:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         elif self.trainer.is_global_zero:
             write_run_results(self.out, self.trainer, self.model)
@@ -294,6 +307,7 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
         ConfigError: see `main`.
     """
     keep_freed_memory()
+    register()
     return _parsed(MultimodalCLI, argv, run=run)
 
 
@@ -362,6 +376,10 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
     # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # What encoders return is never written into.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # Said to everybody who averages weights and has a `configure_model`; ours refuses to shard an average.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback.*configure_model")
     # A run that is resumed in place, or was moved, is what it should be.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
