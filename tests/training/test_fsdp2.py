@@ -30,8 +30,8 @@ CHANGES: dict[str, Any] = {
 
 
 def numbers(rows: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """Losses and scores by step."""
-    names = ("train/loss", "train/supervised_tokens", "val/loss", "val/exact_match")
+    """Losses by step."""
+    names = ("train/loss", "train/supervised_tokens", "val/loss")
     return {name: [row[name] for row in rows if name in row] for name in names}
 
 

@@ -148,16 +148,18 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_dies_ends_the_job_with_a_message(
-    write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
+    rank: int, write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
+    """Also the one that has launched the other, which then belongs to nobody."""
     stages = [{**settings["stages"][1], "steps": 3000}]
     config = write_config({"stages": stages, "checkpoint_every": 2, "trainer": {"val_check_interval": 3000}})
     process = started(config, tmp_path / "run", 5)
     (child,) = children(process.pid)
-    os.kill(child, signal.SIGKILL)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    os.kill((process.pid, child)[rank], signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]  # of both: they share it
+    assert process.returncode != 0 and ended(child)
     assert "onnection" in error or "peer" in error, error
     assert damage(tmp_path / "run" / "checkpoints" / "last.ckpt") is None
 

@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 from mmfuse.training.checkpoints import read_checkpoint
 
@@ -88,32 +86,6 @@ def test_two_ranks_resume(write_config: WriteConfig, tmp_path: Path, read_rows: 
     ran = run(["fit", "--config", long, "--out", split, "--ckpt_path", "last", *DDP])
     assert ran.returncode == 0, ran.stderr
     same_numbers(whole, split, read_rows)
-
-
-def test_batch_of_text_alone_on_one_rank_does_not_hang(
-    write_config: WriteConfig, tmp_path: Path, read_rows: ReadRows
-) -> None:
-    """Samples without an image are so many that ranks meet batches without any."""
-    records = [
-        {"id": str(number), "messages": [{"role": "user", "content": "5"}, {"role": "assistant", "content": "7"}]}
-        for number in range(16)
-    ]
-    image = tmp_path / "image.png"
-    Image.new("L", (16, 16), 90).save(image)
-    chat = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "1"}]
-    records.append({"id": "image", "messages": chat, "image": "image.png"})
-    (tmp_path / "chats.json").write_text(json.dumps(records))
-    config = write_config()
-    settings = yaml.safe_load(config.read_text())
-    source = {"train": {"chats": {"path": str(tmp_path / "chats.json")}}, "batch_size": 1}
-    settings["data"] = {"class_path": "MultimodalData", "init_args": source}
-    rates = {"encoder": 1e-3, "connector": 1e-3, "decoder": 1e-3}
-    settings["stages"] = [{"name": "s", "steps": 10, "data": {"chats": 1.0}, "lr": rates}]
-    config.write_text(yaml.safe_dump(settings))
-    ran = run(["fit", "--config", config, "--out", tmp_path / "run", *DDP])
-    assert ran.returncode == 0, ran.stderr
-    rows = read_rows(tmp_path / "run")
-    assert len(rows) == 10 and all(row["train/loss"] < 100 for row in rows)
 
 
 def test_nothing_of_the_process_group_outlives_the_command(
