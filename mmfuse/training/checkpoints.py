@@ -14,18 +14,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.tensor import DTensor
 
-from mmfuse.errors import ConfigError, RunError
+from mmfuse.errors import ConfigError
+from mmfuse.training.disk import flush, write_error
+from mmfuse.training.sharded_files import STATE, WEIGHT, fill, folder_damage, load_tensors, sweep_parts
 
 FOLDER: Final = "checkpoints"
 #: `last` is the newest state, `previous` the `last` before it, `best` the best on validation data.
 LAST, PREVIOUS, BEST = "last", "previous", "best"
 
-_DISK_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class CheckpointWriteError(RunError):
-    """A checkpoint cannot be written; the one before is untouched."""
+#: What file systems say that give a file only one name: there, `previous` is not kept.
+_NO_SECOND_NAMES: Final = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -39,12 +40,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write `checkpoint` to `path`.
 
         Raises:
-            CheckpointWriteError: the disk is full, or the file may not be so large.
+            CheckpointWriteError: the disk is full or fails, or the file may not be so large.
         """
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         scratch = target.with_name(f".{target.name}.tmp")
+        there = "; the one before is untouched" if target.exists() else ""
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with open(scratch, "wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
@@ -52,66 +54,64 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if target.stem == LAST:
                 _keep(target, target.with_stem(PREVIOUS))
             os.replace(scratch, target)
-            flush_folder(target.parent)
+            there = "; it is whole, but a power cut could still undo it"
+            flush(target.parent)
         except BaseException as error:
             with contextlib.suppress(OSError):
                 scratch.unlink(missing_ok=True)
-            if (full := _disk_error(error)) is not None:
-                before = "; the one before is untouched" if target.exists() else ""
-                raise CheckpointWriteError(
-                    f"{target} cannot be written: {os.strerror(full)}{before}. "
-                    "Make room and continue with --ckpt_path last"
-                ) from error
+            if (failure := write_error(target, error, there)) is not None:
+                raise failure from error
             raise
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = True
     ) -> dict[str, Any]:
+        """Read the checkpoint at `path`.
+
+        Raises:
+            ConfigError: it holds something else, is damaged, or sharded.
+        """
+        if Path(path).is_dir():
+            raise ConfigError(
+                f"{path} is sharded: go on with --trainer.strategy fsdp2, on any number of ranks. Without it, its "
+                "weights can be tested and exported, and a new run started from model/"
+            )
         return read_checkpoint(path, map_location=map_location)
-
-
-def _disk_error(error: BaseException | None) -> int | None:
-    """The number of the failed write behind `error`; torch's writer fails once more when it closes what is cut off."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_FULL:
-            return error.errno
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _keep(current: Path, earlier: Path) -> None:
     """Give `current` a second name. There is no moment without a whole file under either."""
     scratch = earlier.with_name(f".{earlier.name}.tmp")
     scratch.unlink(missing_ok=True)
-    # Some file systems know no second names: there, only `last` is kept.
-    with contextlib.suppress(FileNotFoundError, PermissionError, NotImplementedError):
-        os.link(current, scratch)
-        os.replace(scratch, earlier)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, so that a rename survives a power cut."""
-    number = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        os.link(current, scratch)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_SECOND_NAMES:
+            raise
+        return
+    os.replace(scratch, earlier)
 
 
 def sweep(folder: Path) -> None:
     """Remove what writes that were killed have left behind."""
     for scratch in folder.glob(".*.tmp"):
         scratch.unlink(missing_ok=True)
+    sweep_parts(folder)
 
 
 def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     """`torch.load` of tensors and plain values, which is all that checkpoints of mmfuse hold: others may run code.
 
+    Of a sharded checkpoint only what is not sharded: all but the tensors of the model and the optimizer.
+
     Raises:
         ConfigError: the file holds something else, or is damaged.
     """
+    file = Path(path) / STATE if Path(path).is_dir() else Path(path)
     try:
-        loaded: dict[str, Any] = torch.load(path, weights_only=True, **options)
+        loaded: dict[str, Any] = torch.load(file, weights_only=True, **options)
     except (FileNotFoundError, PermissionError):
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -124,6 +124,8 @@ def damage(path: Path) -> str | None:
 
     torch reads archives without comparing checksums, so that a flipped bit in a weight would go unnoticed.
     """
+    if path.is_dir():
+        return folder_damage(path)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -169,11 +171,13 @@ def resolve_checkpoint(name: str | None, run: Path) -> Path | None:
     named = name in (LAST, PREVIOUS, BEST)
     path = run / FOLDER / f"{name}.ckpt" if named else Path(name)
     others = [other for other in (LAST, PREVIOUS, BEST) if other != name]
-    if not path.is_file():
+    if not path.exists():
         there = sorted(file.name for file in (run / FOLDER).glob("*.ckpt"))
         found = f"{run / FOLDER} holds {', '.join(there)}" if there else f"{run / FOLDER} holds no checkpoint"
         raise FileNotFoundError(f"--ckpt_path {name}: no checkpoint at {path}; {found}")
-    if named and (wrong := damage(path)) is not None:
+    # A sharded checkpoint is as large as all ranks together can hold: one of them reads it through.
+    checks = named and (path.is_file() or getattr(rank_zero_only, "rank", 0) == 0)
+    if checks and (wrong := damage(path)) is not None:
         raise ConfigError(f"--ckpt_path {name}: {path} is damaged: {wrong}; {_whole(run, others)}")
     return path
 
@@ -182,12 +186,18 @@ def _whole(run: Path, names: list[str]) -> str:
     """Which of the checkpoints a run can go on from."""
     for name in names:
         path = run / FOLDER / f"{name}.ckpt"
-        if path.is_file() and damage(path) is None:
+        if path.exists() and damage(path) is None:
             step = read_checkpoint(path, map_location="cpu", mmap=True).get("global_step")
             return f"{path.name} is whole, of step {step}: --ckpt_path {name}"
     return "no other checkpoint of the run is whole"
 
 
 def load_network_weights(path: Path, module: torch.nn.Module) -> None:
-    """Load the weights of a Lightning checkpoint into a `MultimodalModule`."""
-    module.load_state_dict(read_checkpoint(path, map_location="cpu")["state_dict"])
+    """Load the weights of a checkpoint into a `MultimodalModule`: of a file or a sharded one, on one rank or on all."""
+    state = module.state_dict()
+    if path.is_dir():
+        load_tensors({WEIGHT + name: tensor for name, tensor in state.items()}, path)
+    elif any(isinstance(tensor, DTensor) for tensor in state.values()):
+        fill(state, read_checkpoint(path, map_location="cpu", mmap=True)["state_dict"], path)
+    else:
+        module.load_state_dict(read_checkpoint(path, map_location="cpu")["state_dict"])

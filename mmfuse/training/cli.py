@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from mmfuse.errors import ConfigError, DataError
+from mmfuse.errors import ConfigError, DataError, StoppedError
 from mmfuse.eval.results import write_text_atomically
 from mmfuse.training.callbacks import ModelSummary, StepMetrics, StepSeeds, progress_callback
 from mmfuse.training.checkpoints import (
@@ -40,12 +41,16 @@ from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
+from mmfuse.training.sharding import ShardedStrategy, is_fsdp2, refuse_other_sharding, register, whole_weights
 from mmfuse.training.stages import Schedule, Stage
 from mmfuse.training.streaming import SampleLog
 from mmfuse.training.strict import explain_mistake, unknown_flag
 
 # What a run's config file leaves out: they belong to one call and not to the run.
 _PER_CALL = ("config", "ckpt_path", "verbose", "return_predictions")
+
+# What tells a process that it is a rank, and where the others are.
+_OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class MultimodalCLI(LightningCLI):
@@ -136,6 +141,9 @@ class MultimodalCLI(LightningCLI):
             loggers = [self.metrics, TensorBoardLogger(self.out, name="tensorboard", version="")]
             asked = options.trainer.logger
             loggers += [logger for logger in _as_list(asked) if isinstance(logger, Logger)]
+        refuse_other_sharding(options.trainer.strategy)
+        if self.subcommand in ("test", "predict") and is_fsdp2(options.trainer.strategy):
+            raise ConfigError(f"{self.subcommand} generates on whole weights: use --trainer.strategy auto or ddp")
         options.trainer.callbacks = [*_as_list(options.trainer.callbacks), *self._own_callbacks(options)]
         try:
             trainer = super().instantiate_trainer(
@@ -184,9 +192,17 @@ class MultimodalCLI(LightningCLI):
         best = self.out / "checkpoints" / "best.ckpt"
         if best.exists():
             load_network_weights(best, self.model)
+        sharded = isinstance(self.trainer.strategy, ShardedStrategy)
+        weights = whole_weights(self.model.network) if sharded else None
         if self.trainer.is_global_zero:
-            export_model(self.out, self.model)
-        if self.datamodule.held_out["test"] is not None:
+            export_model(self.out, self.model, weights)
+        if sharded and self.trainer.is_global_zero:
+            # Ranks generate answers of different length, and sharded layers would wait for each other.
+            print("mmfuse: no questions were answered, as the weights are sharded: see `mmfuse test`", file=sys.stderr)
+            write_run_results(self.out, self.trainer, self.model)
+        elif sharded:
+            return
+        elif self.datamodule.held_out["test"] is not None:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         elif self.trainer.is_global_zero:
             write_run_results(self.out, self.trainer, self.model)
@@ -244,9 +260,33 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a key, class, flag or value that is not known, with what was probably meant.
     """
-    parse_and_build(argv)
+    before = {name: os.environ.get(name) for name in _OF_RANKS}
+    end: StoppedError | SystemExit | None = None
+    try:
+        parse_and_build(argv)
+    except StoppedError as stopped:
+        end = StoppedError(*stopped.args)  # without the frames of the other, which hold the trainer
+    except SystemExit as stopped:
+        end = SystemExit(stopped.code)
+    finally:
+        _restore_environment(before)
     _leave_process_group()
+    if end is not None:
+        raise end
     return 0
+
+
+def _restore_environment(before: Mapping[str, str | None]) -> None:
+    """Undo what Lightning's launcher has written: who inherits it would take itself for a rank, and await the others.
+
+    Args:
+        before: values by name; None where there was none.
+    """
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _leave_process_group() -> None:
@@ -267,6 +307,7 @@ def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
         ConfigError: see `main`.
     """
     keep_freed_memory()
+    register()
     return _parsed(MultimodalCLI, argv, run=run)
 
 
@@ -335,6 +376,10 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
     # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # What encoders return is never written into.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # Said to everybody who averages weights and has a `configure_model`; ours refuses to shard an average.
+    warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback.*configure_model")
     # A run that is resumed in place, or was moved, is what it should be.
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")

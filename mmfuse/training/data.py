@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mmfuse.data import Plan, Sample, Source, StagePlan, StreamLoader, encode_sample, open_source
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
@@ -17,6 +17,7 @@ from mmfuse.data.loader import StreamProgress
 from mmfuse.data.quarantine import QUARANTINE, Quarantine
 from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
+from mmfuse.fusion import IGNORED_LABEL
 from mmfuse.models import MultimodalProcessor
 from mmfuse.paths import cache_directory
 from mmfuse.training.stages import Stage
@@ -47,6 +48,38 @@ class TrainingCollate:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         encoded = [encode_sample(sample, self.processor.encoder) for sample in samples]
         return {**self.processor.collate(encoded), "keys": [sample.key for sample in samples]}
+
+
+@dataclass(frozen=True)
+class Share(Dataset[tuple[Sample, bool]]):
+    """A rank's share of a source: every `world`-th sample from `rank` on, each with whether it counts.
+
+    Ranks have equally many, as they wait for each other in every pass where weights are sharded: those that come out
+    short end with a sample that does not count.
+    """
+
+    source: Source
+    rank: int
+    world: int
+
+    def __len__(self) -> int:
+        return -(-len(self.source) // self.world)
+
+    def __getitem__(self, index: int) -> tuple[Sample, bool]:
+        number = index * self.world + self.rank
+        return self.source[min(number, len(self.source) - 1)], number < len(self.source)
+
+
+@dataclass(frozen=True)
+class SharedCollate:
+    """As `TrainingCollate`, of what a `Share` gives; what does not count is not supervised."""
+
+    collate: TrainingCollate
+
+    def __call__(self, pairs: Sequence[tuple[Sample, bool]]) -> dict[str, Any]:
+        batch = self.collate([sample for sample, _ in pairs])
+        batch["labels"][[not counts for _, counts in pairs]] = IGNORED_LABEL
+        return batch
 
 
 class MultimodalData(LightningDataModule):
@@ -200,12 +233,17 @@ class MultimodalData(LightningDataModule):
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
         if "val" not in self.sources:
             return []
-        return self._held_out_loader("val", TrainingCollate(self.processor))
+        assert self.trainer is not None
+        share = Share(self.sources["val"], self.trainer.global_rank, self.trainer.world_size)
+        return self._held_out_loader(share, SharedCollate(TrainingCollate(self.processor)))
 
     def test_dataloader(self) -> DataLoader[Any]:
         if "test" not in self.sources:
             raise ConfigError("data.test is not set: there are no held-out questions to answer")
-        return self._held_out_loader("test", list)
+        assert self.trainer is not None
+        source = self.sources["test"]
+        own = range(self.trainer.global_rank, len(source), self.trainer.world_size)
+        return self._held_out_loader(Subset(source, own), list)  # type: ignore[arg-type]
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self.test_dataloader()
@@ -214,13 +252,10 @@ class MultimodalData(LightningDataModule):
         # Samples that are still to be encoded hold no tensors.
         return batch if isinstance(batch, list) else super().transfer_batch_to_device(batch, device, dataloader_idx)
 
-    def _held_out_loader(self, name: str, collate: Any) -> DataLoader[Any]:
-        assert self.trainer is not None
-        source = self.sources[name]
-        own = range(self.trainer.global_rank, len(source), self.trainer.world_size)
+    def _held_out_loader(self, samples: Dataset[Any], collate: Any) -> DataLoader[Any]:
         shared = {"collate_fn": collate, "num_workers": self.num_workers}
         # By keyword: Lightning makes the loader of `predict` anew.
-        return DataLoader(Subset(source, own), batch_size=self.eval_batch_size, **shared)  # type: ignore[arg-type]
+        return DataLoader(samples, batch_size=self.eval_batch_size, **shared)
 
     def fingerprints(self) -> dict[str, str]:
         """A hash of each opened source, for provenance."""

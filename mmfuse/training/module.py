@@ -27,6 +27,7 @@ from mmfuse.models import NetworkSpec, build_network
 from mmfuse.models.decoder import supervised_rows
 from mmfuse.sequence import Modality, TokenMap
 from mmfuse.training.guard import StepSamples, gradients_are_finite, non_finite, refuse_non_finite_weights
+from mmfuse.training.sharding import shard_network
 from mmfuse.training.stages import Schedule, Stage
 from mmfuse.training.streaming import StreamState
 
@@ -126,6 +127,13 @@ class MultimodalModule(LightningModule):
         device = self.trainer.strategy.root_device.type
         call = Call(heads, width, device=device, differentiable=stage == "fit")
         check_backend(self.network.config.attention_backend, base_visibility(TokenMap.from_layout([("text", 1)])), call)
+
+    def configure_model(self) -> None:
+        """Cut the network over the ranks, under a strategy that does so."""
+        if self.device_mesh is not None:
+            if self.ema_decay is not None:
+                raise ConfigError("model.ema_decay needs whole weights on every rank; trainer.strategy fsdp2 has none")
+            shard_network(self.network, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
         # Buffers are copied, not averaged: an average of integer buffers would be truncated.

@@ -16,6 +16,7 @@ import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 import mmfuse
 from mmfuse.eval.questions import Prediction
@@ -182,11 +183,17 @@ def _measured_in_training(folder: Path) -> dict[str, Any]:
     return {name: old[name] for name in TRAINING_RESULTS if name in old}
 
 
-def export_model(folder: Path, module: MultimodalModule) -> Path:
-    """Save network and processor as Hugging Face does, which is what `mmfuse generate` and `from_pretrained` read."""
+def export_model(folder: Path, module: MultimodalModule, weights: dict[str, Tensor] | None = None) -> Path:
+    """Save network and processor as Hugging Face does, which is what `mmfuse generate` and `from_pretrained` read.
+
+    Args:
+        folder: of the run.
+        module: the model.
+        weights: its whole weights, if it does not hold them itself.
+    """
     target, scratch = folder / MODEL, folder / f".{MODEL}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
-    module.network.save_pretrained(scratch)
+    module.network.save_pretrained(scratch, state_dict=weights)
     module.processor.save_pretrained(scratch)
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -171,3 +173,35 @@ def read_rows() -> Callable[[Path], list[dict[str, float]]]:
 def read_json() -> Callable[[Path], Any]:
     """`read_json(file)`."""
     return lambda path: json.loads(path.read_text(encoding="utf-8"))
+
+
+#: What a save asks of the system, apart from writing.
+SYSTEM_CALLS = ("open", "fsync", "mkdir", "unlink", "link", "symlink", "replace", "rename")
+
+
+@pytest.fixture(scope="session")
+def calls() -> Callable[[Callable[[], Any], int], dict[str, Callable[..., Any]]]:
+    """`calls(act, point)` gives functions for the module `os`, by name.
+
+    They do what they did, but `act` is called before (even) or behind (odd) call number `point // 2` of them all.
+    """
+
+    def wrapped(act: Callable[[], Any], point: int) -> dict[str, Callable[..., Any]]:
+        made = itertools.count()
+
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                here = next(made) == point // 2
+                if here and point % 2 == 0:
+                    act()
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    if here and point % 2 == 1:
+                        act()
+
+            return call
+
+        return {name: wrap(getattr(os, name)) for name in SYSTEM_CALLS}
+
+    return wrapped

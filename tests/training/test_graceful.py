@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mmfuse.data.workers import shield_worker
 from mmfuse.training.checkpoints import damage, read_checkpoint
 from mmfuse.training.graceful import SIGNALS
 from mmfuse.training.module import MultimodalModule
+from mmfuse.training.streaming import read_sample_log
 
 Command = Callable[..., Any]
 WriteConfig = Callable[..., Path]
@@ -109,9 +110,12 @@ def test_worker_outlives_the_signals_of_others_and_obeys_its_trainer() -> None:
     assert not worker.is_alive()
 
 
+DDP = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
 def started(config: Path, run: Path, steps: int) -> subprocess.Popen[str]:
     """Two ranks over gloo, which have made `steps` steps."""
-    words = ["fit", "--config", str(config), "--out", str(run), "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    words = ["fit", "--config", str(config), "--out", str(run), "--log_samples", *DDP]
     process = subprocess.Popen(
         [sys.executable, "-m", "mmfuse", *words],
         stdout=subprocess.DEVNULL,
@@ -144,36 +148,52 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_dies_ends_the_job_with_a_message(
-    write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
+    rank: int, write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
+    """Also the one that has launched the other, which then belongs to nobody."""
     stages = [{**settings["stages"][1], "steps": 3000}]
     config = write_config({"stages": stages, "checkpoint_every": 2, "trainer": {"val_check_interval": 3000}})
     process = started(config, tmp_path / "run", 5)
     (child,) = children(process.pid)
-    os.kill(child, signal.SIGKILL)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode != 0
+    os.kill((process.pid, child)[rank], signal.SIGKILL)
+    error = process.communicate(timeout=60)[1]  # of both: they share it
+    assert process.returncode != 0 and ended(child)
     assert "onnection" in error or "peer" in error, error
     assert damage(tmp_path / "run" / "checkpoints" / "last.ckpt") is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["rank 0", "rank 1", "all"])
-def test_two_ranks_stop_at_the_same_step(
-    to: str, write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    stages = [{**settings["stages"][1], "steps": 3000}]
-    config = write_config({"stages": stages, "checkpoint_every": 5000, "trainer": {"val_check_interval": 3000}})
-    process = started(config, tmp_path / "run", 5)
+#: To which ranks a signal goes, behind which step, and how many seconds later. Validation takes most of a run here.
+TRIALS = [(ranks, step, pause) for ranks in ((0,), (1,), (0, 1)) for step, pause in ((1, 0.0), (6, 0.03), (12, 0.4))]
+
+
+def stop(config: Path, run: Path, ranks: Sequence[int], step: int, pause: float) -> int:
+    """SIGTERM to some of two ranks; both have ended behind the same step, which is saved and returned."""
+    process = started(config, run, step)
     (child,) = children(process.pid)
-    for pid in {"rank 0": [process.pid], "rank 1": [child], "all": [process.pid, child]}[to]:
-        os.kill(pid, signal.SIGTERM)
+    time.sleep(pause)
+    for rank in ranks:
+        os.kill((process.pid, child)[rank], signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 143, error
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    assert damage(last) is None
-    step = read_checkpoint(last)["global_step"]
-    rows = (tmp_path / "run" / "metrics.csv").read_text().count("\n") - 1
-    assert step == rows >= 5 and f"after step {step};" in error
     assert ended(child), "rank 1 is left behind"
+    last = run / "checkpoints" / "last.ckpt"
+    assert damage(last) is None
+    saved = read_checkpoint(last)
+    stopped = int(saved["global_step"])
+    assert f"after step {stopped};" in error and saved["HandwritingData"]["steps"] == stopped >= step
+    log = read_sample_log(run)
+    assert list(log) == list(range(1, stopped + 1)), "no rank has made another step"
+    assert all(len(batches) == 2 for batches in log.values()), "of both ranks"
+    return stopped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "step", "pause"), [TRIALS[0], TRIALS[4], TRIALS[8]])
+def test_two_ranks_stop_at_the_same_step(
+    ranks: Sequence[int], step: int, pause: float, write_config: WriteConfig, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    stages = [{**settings["stages"][1], "steps": 3000}]
+    config = write_config({"stages": stages, "checkpoint_every": 5000, "trainer": {"val_check_interval": 4}})
+    stop(config, tmp_path / "run", ranks, step, pause)

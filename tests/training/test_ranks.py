@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from PIL import Image
 
 from mmfuse.training.checkpoints import read_checkpoint
 
@@ -90,39 +88,18 @@ def test_two_ranks_resume(write_config: WriteConfig, tmp_path: Path, read_rows: 
     same_numbers(whole, split, read_rows)
 
 
-def test_batch_of_text_alone_on_one_rank_does_not_hang(
-    write_config: WriteConfig, tmp_path: Path, read_rows: ReadRows
-) -> None:
-    """Samples without an image are so many that ranks meet batches without any."""
-    records = [
-        {"id": str(number), "messages": [{"role": "user", "content": "5"}, {"role": "assistant", "content": "7"}]}
-        for number in range(16)
-    ]
-    image = tmp_path / "image.png"
-    Image.new("L", (16, 16), 90).save(image)
-    chat = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "1"}]
-    records.append({"id": "image", "messages": chat, "image": "image.png"})
-    (tmp_path / "chats.json").write_text(json.dumps(records))
-    config = write_config()
-    settings = yaml.safe_load(config.read_text())
-    source = {"train": {"chats": {"path": str(tmp_path / "chats.json")}}, "batch_size": 1}
-    settings["data"] = {"class_path": "MultimodalData", "init_args": source}
-    rates = {"encoder": 1e-3, "connector": 1e-3, "decoder": 1e-3}
-    settings["stages"] = [{"name": "s", "steps": 10, "data": {"chats": 1.0}, "lr": rates}]
-    config.write_text(yaml.safe_dump(settings))
-    ran = run(["fit", "--config", config, "--out", tmp_path / "run", *DDP])
-    assert ran.returncode == 0, ran.stderr
-    rows = read_rows(tmp_path / "run")
-    assert len(rows) == 10 and all(row["train/loss"] < 100 for row in rows)
-
-
-def test_no_thread_of_the_process_group_outlives_the_command(
+def test_nothing_of_the_process_group_outlives_the_command(
     mmfuse: Command, write_config: WriteConfig, tmp_path: Path
 ) -> None:
-    """Such threads abort a finished rank, now and then, while the interpreter shuts down."""
+    """Its threads abort a finished rank, now and then, while the interpreter shuts down; a command that inherits
+    `LOCAL_RANK` starts no other ranks and waits for them for ever.
+    """
+    before = dict(os.environ)
     words = ["fit", "--config", write_config(), "--out", tmp_path / "run", "--trainer.strategy", "ddp"]
     assert mmfuse(*words, "--trainer.devices", "1").code == 0
     assert not torch.distributed.is_initialized()
+    changed = {name for name in {*before, *os.environ} if before.get(name) != os.environ.get(name)}
+    assert not [name for name in changed if "RANK" in name or "MASTER" in name or "WORLD" in name]
     tasks = Path("/proc/self/task")
     if tasks.exists():
         threads = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
