@@ -376,6 +376,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
     # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # A sharded checkpoint is tested by one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     # What encoders return is never written into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # Said to everybody who averages weights and has a `configure_model`; ours refuses to shard an average.

@@ -26,7 +26,7 @@ def write_error(target: Path, error: BaseException, state: str) -> CheckpointWri
         error: what was raised.
         state: what is there now, to go on the sentence.
     """
-    number = _disk_error(error)
+    number = disk_error(error)
     if number is None:
         return None
     advice = "Make room and c" if number in _DISK_FULL else "C"
@@ -35,13 +35,13 @@ def write_error(target: Path, error: BaseException, state: str) -> CheckpointWri
     )
 
 
-def _disk_error(error: BaseException | None) -> int | None:
+def disk_error(error: BaseException | None) -> int | None:
     """The number of the failed write behind `error`; torch's writer fails once more when it closes what is cut off."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
         if isinstance(error, CheckpointException):
-            return next((number for one, _ in error.failures.values() if (number := _disk_error(one))), None)
+            return next((number for one, _ in error.failures.values() if (number := disk_error(one))), None)
         error = error.__cause__ or error.__context__
     return None
 

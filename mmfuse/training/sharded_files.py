@@ -35,13 +35,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.futures import Future
 
 from mmfuse.errors import ConfigError
-from mmfuse.training.disk import CheckpointWriteError, flush, write_error
+from mmfuse.training.disk import CheckpointWriteError, disk_error, flush, write_error
 
 PARTS: Final = "parts"
 TENSORS, STATE, MANIFEST = "tensors.json", "state.pt", "manifest.json"
@@ -54,6 +56,15 @@ Result = TypeVar("Result")
 
 class _Writer(FileSystemWriter):
     """DCP's files, and a table of them as JSON."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            # DCP sends it to all ranks, and what stands behind an exception does not travel with it.
+            if (number := disk_error(error)) is not None:
+                raise OSError(number, os.strerror(number)) from error
+            raise
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         tensors = {}
@@ -226,7 +237,10 @@ def _together(do: Callable[[], Result], target: Path, before: str) -> list[Resul
     try:
         result = do()
     except (Exception, CheckpointException) as error:  # DCP's is no `Exception`
-        failure = write_error(target, error, before) or CheckpointWriteError(f"{target} cannot be written: {error}")
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        failure = write_error(target, error, before) or CheckpointWriteError(
+            f"{target} cannot be written: {reason}{before}"
+        )
         failure.__cause__ = error
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, None if failure is None else str(failure)))

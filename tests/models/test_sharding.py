@@ -42,3 +42,34 @@ def test_sharded_layers_give_the_same_loss_and_gradients(fusion: str, checkpoint
     for (name, mine), theirs in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         assert isinstance(mine.grad, DTensor), name
         torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("backend", "compiled"),
+    [
+        ("reference", False),
+        ("sdpa", False),
+        ("rectangles", False),
+        ("triton", False),
+        pytest.param("triton", True, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.usefixtures("one_rank")
+def test_backends_run_inside_sharded_layers(backend: str, compiled: bool) -> None:
+    """Custom operators, too, also where torch traces them; `flex` has no backward pass on CPUs."""
+    plain, sharded = tiny_model("mma").train(), tiny_model("mma").train()
+    plain.config.attention_backend = "reference"
+    sharded.config.attention_backend = backend
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in sharded.decoder.model.layers:
+        if compiled:
+            layer.compile(backend="aot_eager")
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    batch = tiny_batch(plain)
+    loss, expected = sharded(**batch).loss, plain(**batch).loss
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)
+    loss.backward()
+    expected.backward()
+    for (name, mine), theirs in zip(sharded.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.full_tensor(), theirs.grad, rtol=1e-3, atol=1e-4, msg=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from mmfuse.errors import ConfigError
 from mmfuse.training.checkpoints import damage, read_checkpoint, resolve_checkpoint, sweep
@@ -24,8 +27,8 @@ Calls = Callable[[Callable[[], Any], int], dict[str, Callable[..., Any]]]
 DIED = 77
 
 
-def join(store: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+def join(store: Path, rank: int = 0, world: int = 1) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
 
 
 @pytest.fixture
@@ -161,3 +164,45 @@ def test_tensor_of_another_model_is_refused(tmp_path: Path, name: str, size: tup
     save(1, tmp_path)
     with pytest.raises(ConfigError, match=r"last\.ckpt: "):
         load_tensors({name: torch.empty(size)}, tmp_path / "last.ckpt")
+
+
+def in_two_ranks(act: Callable[[int], str], folder: Path) -> list[str]:
+    """What each of two forked processes returns, which are ranks of one group."""
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                join(folder / "store", rank, 2)
+                (folder / f"said-{rank}").write_text(act(rank))
+            finally:
+                os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    return [(folder / f"said-{rank}").read_text() for rank in range(2)]
+
+
+def test_disk_of_one_rank_is_full(tmp_path: Path) -> None:
+    """All ranks fail, none waits; what is written by two ranks is read by one."""
+    folder = tmp_path / "checkpoints"
+
+    def act(rank: int) -> str:
+        mesh = init_device_mesh("cpu", (2,))
+        for step in (1, 2):
+            whole = torch.full((40_001,), float(step))
+            cut = {"weight/a": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)}
+            if step == 2 and rank == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+            try:
+                save_sharded(cut, {"global_step": step}, folder / "last.ckpt", None)
+            except CheckpointWriteError as error:
+                return str(error)
+        return "saved"
+
+    said = in_two_ranks(act, tmp_path)
+    assert all("last.ckpt cannot be written: File too large; the one before is untouched" in one for one in said), said
+    assert [path.name for path in (folder / PARTS).iterdir()] == ["last-1"]
+    assert damage(folder / "last.ckpt") is None
+    into = torch.empty(40_001)
+    load_tensors({"weight/a": into}, folder / "last.ckpt")
+    assert (into == 1).all()
