@@ -1,8 +1,9 @@
 """The one table of file formats that samples may hold: what the bytes of a file become, and how large it may be.
 
-A format that is not in the table is refused. None of them can hold code: no pickle in any disguise, and nothing is
-unpacked that the name does not say (no implicit gzip). Sizes are checked against a `Budget` before decoding, from the
-file's own header, because a file of some kilobytes can claim gigabytes.
+Every source decodes its records and media here, and nowhere else. A format that is not in the table is refused. None of
+them can hold code: no pickle in any disguise, and nothing is unpacked that the name does not say (no implicit gzip).
+Sizes are checked against a `Budget` before decoding, from the file's own header, because a file of some kilobytes can
+claim gigabytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmfuse.errors import DataError, unknown
 
@@ -45,6 +46,9 @@ class Budget:
             raise DataError(f"{where}: {found:,.10g} {name}, more than the limit of {limit:,} (a decompression bomb?)")
 
 
+DEFAULT_BUDGET: Final = Budget()
+
+
 @dataclass(frozen=True, eq=False)
 class Recording:
     """Audio or EEG as it was recorded.
@@ -63,7 +67,33 @@ class Recording:
 Decoder = Callable[[bytes, str, Budget], Any]
 
 
-def decode_file(data: bytes, ending: str, where: str, budget: Budget = Budget()) -> Any:
+#: Image formats by the ending of a file's name, as Pillow calls them; Pillow is asked for these and no other.
+PICTURES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "png": "PNG",
+        "jpg": "JPEG",
+        "jpeg": "JPEG",
+        "webp": "WEBP",
+        "bmp": "BMP",
+        "gif": "GIF",
+        "tif": "TIFF",
+        "tiff": "TIFF",
+        "ppm": "PPM",
+        "pgm": "PPM",
+    }
+)
+#: Stands for the ending of an image whose format only its bytes tell.
+PICTURE: Final = "image"
+#: Formats of precomputed features.
+FEATURE_FORMATS: Final = ("npy", "safetensors")
+
+_PILLOW_FORMATS: Final = tuple(sorted(set(PICTURES.values())))
+_GREY: Final = ("1", "L", "LA")
+_DEEP: Final = ("I", "F")  # I;16 and its kin begin with I
+_FIRST_FRAME: Final = ("GIF", "MPO")  # phones store a thumbnail or a depth map behind a JPEG (MPO)
+
+
+def decode_file(data: bytes, ending: str, where: str, budget: Budget = DEFAULT_BUDGET) -> Any:
     """Decode the bytes of a file by the ending of its name.
 
     Args:
@@ -73,7 +103,7 @@ def decode_file(data: bytes, ending: str, where: str, budget: Budget = Budget())
         budget: limits, checked before decoding.
 
     Returns:
-        A PIL image, a `Recording`, an array, what JSON holds, or a string.
+        A PIL image, upright, in mode L (grey) or RGB; a `Recording`; an array; what JSON holds; or a string.
 
     Raises:
         DataError: an unknown format, more than the budget allows, or damaged bytes.
@@ -89,18 +119,37 @@ def decode_file(data: bytes, ending: str, where: str, budget: Budget = Budget())
     except MemoryError as error:
         raise DataError(f"{where}: decoding needs more memory than there is") from error
     except Exception as error:  # decoders meet damage with errors of many types
-        raise DataError(f"{where}: cannot read this .{ending}: {error or type(error).__name__}") from error
+        what = "image" if found is _picture else f".{ending}"
+        raise DataError(f"{where}: cannot read this {what}: {error or type(error).__name__}") from error
 
 
-def _image(form: str) -> Decoder:
-    def decode(data: bytes, where: str, budget: Budget) -> Image.Image:
-        # Opening reads the header alone; of an animation the first frame is taken.
-        image: Image.Image = Image.open(io.BytesIO(data), formats=[form])
-        budget.check("pixels", image.width * image.height, where)
-        image.load()
-        return image
+def picture_header(data: bytes, where: str) -> Image.Image:
+    """Open an image and read its header alone: format and size are known, and nothing is decoded.
 
-    return decode
+    Raises:
+        DataError: no image, or of a format that is not in `PICTURES`.
+    """
+    try:
+        return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
+    except Exception as error:
+        raise DataError(f"{where}: cannot read this image: {error}") from error
+
+
+def _picture(data: bytes, where: str, budget: Budget) -> Image.Image:
+    """The format is read from the bytes: files of the web are often named by another one."""
+    image = picture_header(data, where)
+    budget.check("pixels", image.width * image.height, where)
+    if image.format not in _FIRST_FRAME and getattr(image, "is_animated", False):
+        raise DataError(f"{where}: the image has several frames; give them as separate images")
+    if image.mode.startswith(_DEEP):
+        raise DataError(
+            f"{where}: the image has mode {image.mode}, more than 8 bits per channel; scale it to 8 bits first"
+        )
+    image.load()
+    if "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
+    mode = "L" if image.mode in _GREY else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def _audio(data: bytes, where: str, budget: Budget) -> Recording:
@@ -130,6 +179,23 @@ def _npy(data: bytes, where: str, budget: Budget) -> NDArray[Any]:
         raise DataError(f"{where}: the header says {count} values of {dtype}, {len(data) - file.tell()} bytes follow")
     file.seek(0)
     return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _safetensors(data: bytes, where: str, budget: Budget) -> NDArray[Any]:
+    """The only tensor of a file; bfloat16, which NumPy lacks, becomes float32."""
+    from safetensors.torch import load
+
+    size = int.from_bytes(data[:8], "little")
+    if size > len(data) - 8:
+        raise DataError(f"{where}: the header should have {size} bytes, the file has {len(data)}")
+    header = json.loads(data[8 : 8 + size])
+    shapes = {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    if len(shapes) != 1:
+        raise DataError(f"{where}: expected one tensor, found {len(shapes)}: {', '.join(sorted(shapes))}")
+    budget.check("values", int(np.prod(next(iter(shapes.values())), dtype=object)), where)
+    (tensor,) = load(data).values()
+    values: NDArray[Any] = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return values
 
 
 _EDF_FIELDS: Final = (16, 80, 8, 8, 8, 8, 8, 80, 8, 32)  # bytes of each field of a signal's header
@@ -180,13 +246,10 @@ def _text(data: bytes, where: str, budget: Budget) -> str:
 #: By the ending of a file's name.
 DECODERS: Final[Mapping[str, Decoder]] = MappingProxyType(
     {
-        "jpg": _image("JPEG"),
-        "jpeg": _image("JPEG"),
-        "png": _image("PNG"),
-        "webp": _image("WEBP"),
-        "gif": _image("GIF"),
+        **dict.fromkeys((*PICTURES, PICTURE), _picture),
         **dict.fromkeys(("wav", "flac", "ogg", "mp3"), _audio),
         "npy": _npy,
+        "safetensors": _safetensors,
         "edf": _edf,
         "json": _json,
         "txt": _text,

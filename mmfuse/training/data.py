@@ -12,9 +12,11 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mmfuse.data import Plan, Sample, Source, StagePlan, StreamLoader, encode_sample, open_source
+from mmfuse.data.decoders import DEFAULT_BUDGET, Budget
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.data.loader import StreamProgress
 from mmfuse.data.quarantine import QUARANTINE, Quarantine
+from mmfuse.data.remote import RemoteSettings
 from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.fusion import IGNORED_LABEL
@@ -35,8 +37,8 @@ class SourceSpec:
     path: str
     images: str | None = None
 
-    def open(self) -> Source:
-        return open_source(self.path, images=self.images)
+    def open(self, budget: Budget, remote: RemoteSettings) -> Source:
+        return open_source(self.path, images=self.images, budget=budget, remote=remote)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class MultimodalData(LightningDataModule):
         eval_batch_size: samples in a batch of validation and test.
         num_workers: processes that read and encode; 0 does it in the main one.
         seed: of the order of samples.
+        budget: how large a file of any source may be, checked before it is decoded.
+        remote: for sources behind URLs: where these may lead, and how much the cache may hold.
     """
 
     def __init__(
@@ -108,6 +112,8 @@ class MultimodalData(LightningDataModule):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        budget: Budget = DEFAULT_BUDGET,
+        remote: RemoteSettings = RemoteSettings(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         if eval_batch_size < 1:
@@ -121,6 +127,7 @@ class MultimodalData(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.budget, self.remote = budget, remote
         self.sources: dict[str, Source] = {}
         self.progress: StreamProgress | None = None
         self._restored: dict[str, Any] | None = None
@@ -146,7 +153,7 @@ class MultimodalData(LightningDataModule):
             wanted |= {name: self.specs[name] for name in self._mixed()}
         for name, spec in wanted.items():
             if spec is not None and name not in self.sources:
-                self.sources[name] = spec.open()
+                self.sources[name] = spec.open(self.budget, self.remote)
 
     def _mixed(self) -> list[str]:
         return sorted({name for stage in self.stages for name in stage.data})

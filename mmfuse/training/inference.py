@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers.utils import logging
 
-from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
+from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, PICTURE, Budget
+from mmfuse.data.sources.files import read_whole
+from mmfuse.data.sources.undecoded import Undecoded
 from mmfuse.errors import ConfigError
 from mmfuse.models import MultimodalLM, MultimodalProcessor
-from mmfuse.models.media import MEDIA, Features
+from mmfuse.models.media import MEDIA
 
 
 def load_model(folder: Path) -> tuple[MultimodalLM, MultimodalProcessor]:
@@ -50,9 +51,8 @@ def answer(
         num_beams: 1 is greedy.
 
     Raises:
-        ConfigError: an image that cannot be read, another number of marks than media, or media that the model does not
-            take.
-        DataError: features that cannot be read.
+        ConfigError: another number of marks than media, or media that the model does not take.
+        DataError: a file that cannot be read.
     """
     files = {"image": images, "audio": audio, "eeg": eeg}
     marks = "".join(
@@ -61,8 +61,7 @@ def answer(
         if MEDIA[name].placeholder not in prompt
     )
     messages = [{"role": "user", "content": marks + prompt}]
-    pictures = [open_features(path) if _holds_features(path) else open_image(path) for path in images]
-    heard, recorded = ([open_features(path) for path in paths] for paths in (audio, eeg))
+    pictures, heard, recorded = ([open_medium(name, path) for path in paths] for name, paths in files.items())
     try:
         batch = processor(messages, pictures, heard, recorded, generation=True)
     except (ValueError, TypeError) as error:
@@ -74,31 +73,16 @@ def answer(
     return str(text).strip()
 
 
-def open_features(path: Path) -> Features:
-    """Read a file of features.
+def open_medium(modality: str, path: Path, budget: Budget = DEFAULT_BUDGET) -> Any:
+    """Read a file as training does: features, or for the modality `image` also a picture.
 
     Raises:
-        ConfigError: the file's name has another ending than files of features have.
-        DataError: it cannot be read, see `decode_features`.
+        ConfigError: a modality that is taken as features, and a file of another kind.
+        DataError: the file is damaged, or larger than the budget allows.
     """
-    if not _holds_features(path):
-        raise ConfigError(f"{path}: expected features, in a file .{' or .'.join(FEATURE_FORMATS)}")
-    return decode_features(path.read_bytes(), path.suffix.lower()[1:], str(path))
-
-
-def _holds_features(path: Path) -> bool:
-    return path.suffix.lower()[1:] in FEATURE_FORMATS
-
-
-def open_image(path: Path) -> Image.Image:
-    """Read an image file whole.
-
-    Raises:
-        ConfigError: the file is no image, or is cut off.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read as an image ({error})") from error
+    ending = path.suffix.lower()[1:]
+    if ending not in FEATURE_FORMATS:
+        if modality != "image":
+            raise ConfigError(f"{path}: expected features, in a file .{' or .'.join(FEATURE_FORMATS)}")
+        ending = PICTURE
+    return Undecoded(lambda: read_whole(path, modality, "the prompt", budget), ending, str(path), budget).decode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import pickle
 import struct
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from mmfuse.data.decoders import DECODERS, Budget, Recording, decode_file
+from mmfuse.data.decoders import DECODERS, PICTURE, PICTURES, Budget, Recording, decode_file
 from mmfuse.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
@@ -78,6 +79,49 @@ def test_gif_gives_its_first_frame() -> None:
     assert np.asarray(decode_file(file.getvalue(), "gif", "a").convert("L")).max() == 10
 
 
+def flat(mode: str = "L", size: tuple[int, int] = (4, 4), kind: str = "PNG", **how: Any) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind, **how)
+    return file.getvalue()
+
+
+def test_images_come_grey_or_in_colour() -> None:
+    modes = {"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB"}
+    assert {mode: decode_file(flat(mode), "png", "x").mode for mode in modes} == modes
+    assert decode_file(flat("CMYK", kind="JPEG"), "jpg", "x").mode == "RGB"
+
+
+@pytest.mark.parametrize("ending", [*PICTURES, PICTURE])
+def test_format_of_an_image_is_that_of_its_bytes(ending: str) -> None:
+    assert decode_file(flat(size=(3, 2), kind=PICTURES.get(ending, "PNG")), ending, "x").size == (3, 2)
+    assert np.array_equal(decode_file(image("PNG"), ending, "x"), PIXELS), "many files of the web are misnamed"
+
+
+def test_photographs_stand_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_file(flat("RGB", (4, 2), "JPEG", exif=exif), "jpg", "x").size == (2, 4)
+
+
+def test_of_a_photograph_with_a_thumbnail_the_photograph_is_read() -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (2, 2))]}
+    assert decode_file(flat("RGB", (8, 8), "MPO", **more), "jpg", "x").size == (8, 8)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "PNG", "TIFF"])
+def test_images_that_would_lose_something_are_refused(kind: str) -> None:
+    more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), (9, 0, 0))]}
+    with pytest.raises(DataError, match=r"^k: the image has several frames"):
+        decode_file(flat("RGB", kind=kind, **more), kind.lower(), "k")
+
+
+def test_deep_and_foreign_images_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^k: the image has mode I;16, more than 8 bits"):
+        decode_file(flat("I;16"), "png", "k")
+    with pytest.raises(DataError, match=r"^k: cannot read this image: "):
+        decode_file(flat(kind="PCX"), "png", "k")  # a format that is not among ours
+
+
 def test_edf_in_its_own_units() -> None:
     found = decode_file(edf(), "edf", "a")
     assert found.channels == ("Fp1", "Fp2") and found.rate == 2.0 and found.values.shape == (12, 2)
@@ -121,11 +165,21 @@ def npy_of(count: int) -> bytes:
     return npy(np.zeros(3)).replace(b"(3,), }" + b" " * 10, b"(%d,), }" % count + b" " * (11 - len(str(count))))
 
 
+def tensors(values: int = 3, header: int | None = None) -> bytes:
+    """A safetensors file of 3 numbers that claims others."""
+    entry = {"a": {"dtype": "F32", "shape": [values], "data_offsets": [0, 12]}}
+    text = json.dumps(entry).encode()
+    return struct.pack("<Q", len(text) if header is None else header) + text + bytes(12)
+
+
 @pytest.mark.parametrize(
     ("data", "ending", "budget", "says"),
     [
         (png_of(15000, 11000), "png", Budget(), "165,000,000 pixels, more than the limit of 89,478,485"),
         (image("PNG"), "png", Budget(bytes=50), "bytes, more than the limit of 50"),
+        (flat(size=(5, 5)), "png", Budget(pixels=24), "25 pixels, more than the limit of 24"),
+        (tensors(values=10**9), "safetensors", Budget(), "1,000,000,000 values, more than the limit"),
+        (tensors(header=1 << 40), "safetensors", Budget(), "the header should have 1099511627776 bytes"),
         (npy_of(10**9), "npy", Budget(), "1,000,000,000 values, more than the limit"),
         (npy_of(10**6), "npy", Budget(), "the header says 1000000 values of float64, 24 bytes follow"),
         (edf(claim=10**6), "edf", Budget(), "2,000,000 seconds, more than the limit of 3,600.0"),
@@ -133,8 +187,8 @@ def npy_of(count: int) -> bytes:
         (b"\xff", "txt", Budget(), "cannot read this .txt"),
         (b" \n", "txt", Budget(), "the text is empty"),
         (b"{", "json", Budget(), "cannot read this .json"),
-        (image("JPEG")[:200], "jpg", Budget(), "cannot read this .jpg"),
-        (image("PNG"), "jpg", Budget(), "cannot read this .jpg"),
+        (image("JPEG")[:200], "jpg", Budget(), "cannot read this image"),
+        (b"GIF", "jpg", Budget(), "cannot read this image"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -36,8 +36,8 @@ def jpeg(number: int) -> bytes:
 PLANTED: dict[str, tuple[dict[str, bytes], str]] = {
     "bad0": ({"jpg": b"\xff\xd8\xff\xe0 no image", "txt": b"<image>1"}, "cannot read this image"),
     "bad1": ({"jpg": jpeg(1)[:150], "txt": b"<image>1"}, "cannot read this image"),
-    "bad2": ({"jpg": jpeg(2), "txt": b"\xff\xfe"}, "the record cannot be read"),
-    "bad3": ({"jpg": jpeg(3), "json": b'{"text": '}, "the record cannot be read"),
+    "bad2": ({"jpg": jpeg(2), "txt": b"\xff\xfe"}, "cannot read this .txt"),
+    "bad3": ({"jpg": jpeg(3), "json": b'{"text": '}, "cannot read this .json"),
     "bad4": ({"txt": b"<image>1"}, "bad4"),
     "bad5": ({"jpg": jpeg(5), "json": b'{"messages": []}'}, "must be a list with at least one message"),
 }

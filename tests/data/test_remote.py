@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmfuse.data import open_source
-from mmfuse.data.remote import RemoteCache
+from mmfuse.data.remote import RemoteCache, RemoteSettings
 from mmfuse.errors import ConfigError, DataError
 
 
@@ -102,7 +102,7 @@ def test_incomplete_arrival_leaves_nothing(
 ) -> None:
     url, folder = site
     write_shard(folder / "a.tar", "text")
-    monkeypatch.setattr("mmfuse.data.remote._described", lambda url: (20480, "as it was a moment ago"))
+    monkeypatch.setattr(RemoteCache, "_described", lambda self, url: (20480, "as it was a moment ago"))
     with pytest.raises(DataError, match="10240 bytes arrived, the file has 20480"):
         RemoteCache(tmp_path / "c").fetch([f"{url}/a.tar"])
     assert not [file for file in (tmp_path / "c").rglob("*") if file.is_file() and file.suffix != ".lock"]
@@ -112,7 +112,7 @@ def test_cache_keeps_to_its_limit_and_drops_the_oldest(site: tuple[str, Path], t
     url, folder = site
     for name in "abc":
         write_shard(folder / f"{name}.tar", name)
-    held = RemoteCache(tmp_path / "c", limit=25_000)
+    held = RemoteCache(tmp_path / "c", RemoteSettings(cache_bytes=25_000))
     (first,) = held.fetch([f"{url}/a.tar"])
     second, third = held.fetch([f"{url}/b.tar", f"{url}/c.tar"])
     assert not first.exists() and second.exists() and third.exists()

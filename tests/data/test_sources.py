@@ -110,7 +110,7 @@ def test_braces(pattern: str, expanded: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("a{", "braces do not match"), ("{3..1}", "the range {3..1} runs backwards"), ("{a}", "expected a range such as")],
+    [("a{", "braces do not match"), ("a}{0..3}", "braces do not match")],
 )
 def test_wrong_braces_are_refused(pattern: str, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("{", r"\{")):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 
 from mmfuse.data import open_source
-from mmfuse.data.sources.features import decode_features
+from mmfuse.data.sources.undecoded import Undecoded
 from mmfuse.models.media import Features
 
 VALUES = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -54,6 +54,10 @@ def write_tar(path: Path, *members: tuple[str, bytes]) -> Path:
     return path
 
 
+def decode(data: bytes, ending: str) -> Any:
+    return Undecoded(lambda: data, ending, "x").decode()
+
+
 def values(items: Sequence[Any]) -> list[list[list[float]]]:
     assert all(isinstance(item, Features) and item.values.dtype == np.float32 for item in items)
     return [item.values.tolist() for item in items]
@@ -65,23 +69,23 @@ def values(items: Sequence[Any]) -> list[list[list[float]]]:
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_of_any_float_dtype(dtype: Any, order: Any) -> None:
-    assert values([decode_features(npy(np.asarray(VALUES, dtype, order)), "npy", "x")]) == [VALUES.tolist()]
+    assert values([decode(npy(np.asarray(VALUES, dtype, order)), "npy")]) == [VALUES.tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_safetensors_of_any_float_dtype(dtype: torch.dtype) -> None:
     data = save({"features": torch.from_numpy(VALUES).to(dtype)})
-    assert values([decode_features(data, "safetensors", "x")]) == [VALUES.tolist()]
+    assert values([decode(data, "safetensors")]) == [VALUES.tolist()]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (TRAP, "x: cannot read these features: Object arrays cannot be loaded when allow_pickle=False"),
-        (pickle.dumps(Trap()), "x: cannot read these features: "),
-        (b"", "x: cannot read these features: "),
-        (npy(VALUES)[:-1], "x: cannot read these features: "),
-        (npy(VALUES) + b"\0", "x: cannot read these features: 1 bytes follow the array"),
+        (TRAP, "x: the array holds pickled objects, which can run code"),
+        (pickle.dumps(Trap()), "x: cannot read this .npy: "),
+        (b"", "x: cannot read this .npy: "),
+        (npy(VALUES)[:-1], "x: the header says 6 values of float32, 23 bytes follow"),
+        (npy(VALUES) + b"\0", "x: the header says 6 values of float32, 25 bytes follow"),
         (npy(VALUES[0]), "x: features must be [V, D] (tokens, width), got shape [3]"),
         (npy(VALUES[:0]), "x: features must be [V, D] (tokens, width), got shape [0, 3]"),
         (npy(VALUES.astype(np.int8)), "x: features must be floating point, got int8"),
@@ -91,15 +95,16 @@ def test_safetensors_of_any_float_dtype(dtype: torch.dtype) -> None:
 )
 def test_npy_that_cannot_be_used(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        decode_features(data, "npy", "x")
+        decode(data, "npy")
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (npy(VALUES), "x: cannot read these features: "),
-        (save({}), "x: cannot read these features: expected one tensor, found 0"),
-        (save({"b": torch.ones(1), "a": torch.ones(1)}), "x: cannot read these features: expected one tensor, found 2"),
+        (npy(VALUES), "x: the header should have "),
+        (save({"a": torch.ones(2, 3)})[:-1], "x: cannot read this .safetensors: "),
+        (save({}), "x: expected one tensor, found 0"),
+        (save({"b": torch.ones(1), "a": torch.ones(1)}), "x: expected one tensor, found 2: a, b"),
         (save({"a": torch.ones(1, 2, 3)}), "x: features must be [V, D] (tokens, width), got shape [1, 2, 3]"),
         (save({"a": torch.ones(2, 3, dtype=torch.int64)}), "x: features must be floating point, got int64"),
         (save({"a": torch.full((2, 3), torch.inf)}), "x: 6 of 6 features are NaN or infinite"),
@@ -107,7 +112,7 @@ def test_npy_that_cannot_be_used(data: bytes, message: str) -> None:
 )
 def test_safetensors_that_cannot_be_used(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        decode_features(data, "safetensors", "x")
+        decode(data, "safetensors")
 
 
 # Beside a JSON
@@ -170,7 +175,7 @@ def test_files_that_cannot_be_used_are_named_with_their_sample(tmp_path: Path) -
     (tmp_path / "trap.npy").write_bytes(TRAP)
     names = ("nan.npy", "trap.npy", "gone.npy")
     source = open_source(write_json(tmp_path, *({"text": "<audio>", "audio": name} for name in names)))
-    for index, message in enumerate(("6 of 6 features are NaN", "cannot read these features: Object arrays cannot")):
+    for index, message in enumerate(("6 of 6 features are NaN", "the array holds pickled objects")):
         where = f"data.json[{index}], {tmp_path / names[index]}: {message}"
         with pytest.raises(ValueError, match=f"^{re.escape(where)}"):
             source[index]
@@ -227,7 +232,7 @@ def test_damage_names_shard_sample_and_medium(tmp_path: Path) -> None:
     record = json.dumps({"text": "<audio>", "audio": "b.npy"}).encode()
     path = write_tar(tmp_path / "a.tar", ("0.json", record), ("0.audio.npy", TRAP), ("1.json", record))
     source = open_source(path)
-    with pytest.raises(ValueError, match=r"^a\.tar:0, audio 0: cannot read these features: Object arrays cannot be"):
+    with pytest.raises(ValueError, match=r"^a\.tar:0, audio 0: the array holds pickled objects"):
         source[0]
     with pytest.raises(ValueError, match=r"^a\.tar:1: the record names the audio 'b\.npy', but the shard has none"):
         source[1]

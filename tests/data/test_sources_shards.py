@@ -271,9 +271,10 @@ def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("k.json", b"{")], "a.tar:k: the record cannot be read: Expecting property name"),
-        ([("k.json", b"\xff")], "a.tar:k: the record cannot be read: "),
-        ([("k.txt", b"\xff")], "a.tar:k: the record cannot be read: "),
+        ([("k.json", b"{")], "a.tar:k: cannot read this .json: Expecting property name"),
+        ([("k.json", b"\xff")], "a.tar:k: cannot read this .json: "),
+        ([("k.txt", b"\xff")], "a.tar:k: cannot read this .txt: "),
+        ([("k.txt", b" ")], "a.tar:k: the text is empty"),
         (
             [("k.json", b'{"id": 1, "caption": "x"}')],
             "a.tar:k: expected one of messages, conversations, text; the record",

@@ -27,6 +27,7 @@ from mmfuse.data import (
     StreamProgress,
     StreamSettings,
 )
+from mmfuse.data.decoders import PICTURE
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
 from mmfuse.data.sources.undecoded import Undecoded
 from mmfuse.data.stream import ORIGIN
@@ -62,7 +63,7 @@ class Captions:
         rng = np.random.default_rng([index, len(self.name)])
         text = "<image>" + "".join(map(str, rng.integers(0, 10, int(rng.integers(3, self._longest + 1)))))
         picture = _png(rng)
-        return Sample(f"{self.name}[{index}]", (Undecoded(lambda: picture, "", f"image {index}"),), None, text, {})
+        return Sample(f"{self.name}[{index}]", (Undecoded(lambda: picture, PICTURE, f"image {index}"),), None, text, {})
 
     def fingerprint(self) -> str:
         return f"{self.name}{self._size}"

@@ -11,21 +11,23 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from mmfuse.data.remote import RemoteCache, check_scheme
+from braceexpand import UnbalancedBracesError, braceexpand
+
+from mmfuse.data.decoders import DEFAULT_BUDGET, Budget
+from mmfuse.data.remote import RemoteCache, RemoteSettings, check_scheme
 from mmfuse.data.samples import Sample
 from mmfuse.data.sources.folder import FolderSource
 from mmfuse.data.sources.json_files import JSONSource
 from mmfuse.data.sources.parquet import ParquetSource
 from mmfuse.data.sources.shards import ShardSource
 from mmfuse.errors import DataError
+from mmfuse.paths import cache_directory
 
 __all__ = ["FolderSource", "JSONSource", "ParquetSource", "ShardSource", "Source", "expand_braces", "open_source"]
 
 _JSON: Final = (".json", ".jsonl")
 _MANIFEST: Final = "manifest.json"
 _URL: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|pipe:")
-_BRACES: Final = re.compile(r"\{([^{}]*)\}")
-_RANGE: Final = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class _ListedShard(NamedTuple):
@@ -67,7 +69,13 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: str | Path, *, images: str | Path | None = None) -> Source:
+def open_source(
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    budget: Budget = DEFAULT_BUDGET,
+    remote: RemoteSettings = RemoteSettings(),  # noqa: B008  (frozen)
+) -> Source:
     """Open the data at `path` and check their structure.
 
     Args:
@@ -77,6 +85,8 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
             or several of parquet; or a folder of images with a text beside each. A folder
             that holds shards is read as shards, whatever else it holds.
         images: for JSON: the folder to which names of images are relative, if it is not the file's own.
+        budget: how large a file may be, see `decode_file`.
+        remote: for a URL: where it may lead, and how much the cache may hold.
 
     Raises:
         FileNotFoundError: naming what is missing: the file, one shard of a range, or one that the manifest lists.
@@ -84,58 +94,44 @@ def open_source(path: str | Path, *, images: str | Path | None = None) -> Source
     """
     given = os.path.expanduser(os.fspath(path))
     if _URL.match(given):
-        return _open_remote(given, images)
+        return _open_remote(given, images, budget, remote)
     place = Path(given)
     if images is not None and not Path(images).expanduser().is_dir():
         raise FileNotFoundError(f"{images}: there is no such folder of images")
-    if not place.exists() and (has_magic(given) or _BRACES.search(given)):
-        return _open_shards(place.name, _matches(given), images, expand_braces(given))
+    if not place.exists() and (has_magic(given) or "{" in given):
+        return _open_shards(place.name, _matches(given), images, budget, expand_braces(given))
     if not place.exists():
         raise FileNotFoundError(f"{given}: there is no such file or folder")
     if place.is_dir():
         shards = sorted(place.glob("*.tar"))
         if shards:
             _refuse_parts(place)
-            return _open_shards(place.name, shards, images, ["*.tar"])
+            return _open_shards(place.name, shards, images, budget, ["*.tar"])
         if parquet := sorted(place.rglob("*.parquet")):
-            return ParquetSource(parquet, place.name)
+            return ParquetSource(parquet, place.name, budget)
         if not any(path.suffix in _JSON for path in place.iterdir()) and any(place.rglob("*.txt")):
-            return FolderSource(place)
+            return FolderSource(place, budget)
         place = _only_json(place)
     if place.suffix == ".tar":
-        return _open_shards(place.name, [place], images)
+        return _open_shards(place.name, [place], images, budget)
     if place.suffix == ".parquet":
-        return ParquetSource([place], place.name)
+        return ParquetSource([place], place.name, budget)
     if place.suffix not in _JSON:
         hint = "; compressed shards cannot be read at random, unpack them to .tar" if ".tar" in place.name else ""
         raise DataError(f"{place}: unknown kind of data; expected .tar, .json, .jsonl or .parquet{hint}")
-    return JSONSource(place, None if images is None else Path(images).expanduser())
+    return JSONSource(place, None if images is None else Path(images).expanduser(), budget)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand ranges `{0000..0003}`, which keep their leading zeros, and lists `{a,b}`.
+    """Expand ranges `{0000..0003}`, which keep their leading zeros, and lists `{a,b}`, as webdataset does.
 
     Raises:
-        DataError: braces that are neither, or a range that runs backwards.
+        DataError: braces that do not match.
     """
-    found = _BRACES.search(pattern)
-    if found is None:
-        if "{" in pattern or "}" in pattern:
-            raise DataError(f"{pattern}: braces do not match")
-        return [pattern]
-    if bounds := _RANGE.fullmatch(found[1]):
-        low, high = bounds.groups()
-        if int(low) > int(high):
-            raise DataError(f"{pattern}: the range {found[0]} runs backwards")
-        width = max(len(low), len(high)) if any(end.startswith("0") and end != "0" for end in (low, high)) else 0
-        options = [str(number).zfill(width) for number in range(int(low), int(high) + 1)]
-    elif "," in found[1]:
-        options = found[1].split(",")
-    else:
-        raise DataError(f"{pattern}: expected a range such as {{0000..0003}} or a list such as {{a,b}}, got {found[0]}")
-    return [
-        whole for one in options for whole in expand_braces(pattern[: found.start()] + one + pattern[found.end() :])
-    ]
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError as error:
+        raise DataError(f"{pattern}: braces do not match") from error
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -155,22 +151,15 @@ def _matches(pattern: str) -> list[Path]:
     return paths
 
 
-def _open_remote(given: str, images: str | Path | None) -> ShardSource:
+def _open_remote(given: str, images: str | Path | None, budget: Budget, remote: RemoteSettings) -> ShardSource:
     """Fetch the shards that a URL with braces names, and open the copies."""
     check_scheme(given)
     urls = expand_braces(given)
     for url in urls:
         if not url.endswith(".tar"):
             raise DataError(f"{url}: URLs name .tar shards, with braces for several, such as train-{{0000..0003}}.tar")
-    paths = RemoteCache(cache_folder() / "remote").fetch(urls)
-    return _open_shards(Path(given).name, paths, images)
-
-
-def cache_folder() -> Path:
-    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if "MMFUSE_CACHE" in os.environ:
-        return Path(os.environ["MMFUSE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"
+    paths = RemoteCache(cache_directory() / "remote", remote).fetch(urls)
+    return _open_shards(Path(given).name, paths, images, budget)
 
 
 def _only_json(folder: Path) -> Path:
@@ -190,7 +179,7 @@ def _refuse_parts(folder: Path) -> None:
 
 
 def _open_shards(
-    name: str, paths: Sequence[Path], images: str | Path | None, patterns: Sequence[str] = ()
+    name: str, paths: Sequence[Path], images: str | Path | None, budget: Budget, patterns: Sequence[str] = ()
 ) -> ShardSource:
     """Open shards; those that `patterns` asked for and a manifest lists must be there."""
     if images is not None:
@@ -207,7 +196,7 @@ def _open_shards(
             checksums[path], size = shard.sha256, path.stat().st_size
             if size != shard.size:
                 raise DataError(f"{path} has {size} bytes, its manifest says {shard.size}")
-    return ShardSource(paths, checksums, name)
+    return ShardSource(paths, checksums, name, budget)
 
 
 def _manifest(folder: Path) -> dict[str, list[_ListedShard]]:

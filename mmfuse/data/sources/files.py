@@ -8,10 +8,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from mmfuse.data.decoders import Budget
 from mmfuse.errors import SourceError
 
 #: Of one pool and process: well below the usual limit of 1024, however many shards a source has.
 MAX_OPEN: Final = 64
+
+
+def read_whole(path: Path, what: str, key: str, budget: Budget) -> bytes:
+    """Read a file that is no larger than the budget allows.
+
+    Args:
+        path: the file.
+        what: it is, such as `image`.
+        key: of its sample, for messages.
+        budget: its limit of bytes.
+
+    Raises:
+        DataError: it is larger; nothing was read.
+        FileNotFoundError, OSError: naming file and sample; the error number stays, as some failures are tried again.
+    """
+    try:
+        budget.check("bytes", path.stat().st_size, f"{key}, {path}")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}: there is no {what} {path}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{key}: cannot read the {what} {path}: {error.strerror}") from error
 
 
 class _Handle:

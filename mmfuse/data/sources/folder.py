@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mmfuse.data.decoders import DEFAULT_BUDGET, PICTURE, PICTURES, Budget, decode_file
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.images import FORMATS
+from mmfuse.data.sources.files import read_whole
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.errors import DataError
@@ -20,15 +21,16 @@ class FolderSource:
 
     Args:
         folder: holds pairs of an image and a `.txt` (a caption) or `.json` (a record) of the same name.
+        budget: how large a file may be.
 
     Raises:
         DataError: an image without text or with two, or no images.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.name, self._folder = folder.name, folder
+    def __init__(self, folder: Path, budget: Budget = DEFAULT_BUDGET) -> None:
+        self.name, self._folder, self._budget = folder.name, folder, budget
         self._pairs: list[tuple[Path, Path]] = []
-        for image in sorted(path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in FORMATS):
+        for image in sorted(path for path in folder.rglob("*") if path.suffix.lower().removeprefix(".") in PICTURES):
             texts = [text for ending in (".txt", ".json") if (text := image.with_suffix(ending)).is_file()]
             if len(texts) != 1:
                 found = "none" if not texts else "both"
@@ -53,13 +55,11 @@ class FolderSource:
     def read(self, index: int) -> Sample:
         image, text = self._pairs[index]
         key = self.key(index)
-        try:
-            content = text.read_text(encoding="utf-8")
-            raw: Any = json.loads(content) if text.suffix == ".json" else {"text": _marked(content.strip())}
-        except ValueError as error:
-            raise DataError(f"{key}: {text} cannot be read: {error}") from error
-        record = parse_record(raw, key)
-        medium = Undecoded(partial(Path.read_bytes, image), "", f"{key}, {image}")
+        ending, where = text.suffix.removeprefix("."), f"{key}, {text}"
+        content: Any = decode_file(read_whole(text, "text", key, self._budget), ending, where, self._budget)
+        record = parse_record(content if ending == "json" else {"text": _marked(content.strip())}, key)
+        read = partial(read_whole, image, "image", key, self._budget)
+        medium = Undecoded(read, PICTURE, f"{key}, {image}", self._budget)
         return Sample(key, (medium,), record.messages, record.text, record.info)
 
     def fingerprint(self) -> str:

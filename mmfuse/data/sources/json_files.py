@@ -13,9 +13,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, PICTURE, Budget
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS
-from mmfuse.data.sources.files import FilePool
+from mmfuse.data.sources.files import FilePool, read_whole
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.errors import DataError
@@ -35,14 +35,14 @@ class JSONSource:
     Args:
         path: the file.
         images: folder to which names of media are relative; without it, the file's own folder.
+        budget: how large a medium may be.
 
     Raises:
         DataError: naming file and line where it is no JSON, or file and record that cannot be used.
     """
 
-    def __init__(self, path: Path, images: Path | None = None) -> None:
-        self.name = path.name
-        self.path = path
+    def __init__(self, path: Path, images: Path | None = None, budget: Budget = DEFAULT_BUDGET) -> None:
+        self.name, self.path, self._budget = path.name, path, budget
         self._root = Path(os.path.abspath(images if images is not None else path.parent))
         self._pool = FilePool([path])
         data = path.read_bytes()
@@ -73,14 +73,15 @@ class JSONSource:
     def read(self, index: int) -> Sample:
         at = range(len(self))[index]
         begin, end = self._spans[at].tolist()
-        return sample_of_record(json.loads(self._pool.read(0, begin, end - begin)), self.key(at), self._root)
+        raw = json.loads(self._pool.read(0, begin, end - begin))
+        return sample_of_record(raw, self.key(at), self._root, self._budget)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over the file's name and contents; its media do not enter."""
         return hashlib.sha256(json.dumps([self.name, self._digest]).encode()).hexdigest()
 
 
-def sample_of_record(raw: object, key: str, root: Path) -> Sample:
+def sample_of_record(raw: object, key: str, root: Path, budget: Budget = DEFAULT_BUDGET) -> Sample:
     """The sample of one record, whose names of files are relative to `root`; no file is opened.
 
     Raises:
@@ -88,7 +89,7 @@ def sample_of_record(raw: object, key: str, root: Path) -> Sample:
     """
     record = parse_record(raw, key)
     media = {
-        modality: tuple(_medium(modality, name, key, root) for name in names)
+        modality: tuple(_medium(modality, name, key, root, budget) for name in names)
         for modality, names in record.media.items()
     }
     return Sample(
@@ -109,9 +110,11 @@ def records_with_lines(path: Path) -> Iterator[tuple[int, Any]]:
         yield line, raw
 
 
-def _medium(modality: str, name: str, key: str, root: Path) -> Undecoded:
+def _medium(modality: str, name: str, key: str, root: Path, budget: Budget) -> Undecoded:
     path = _path(modality, name, key, root)
-    return Undecoded(partial(_file_bytes, path, modality, key), _ending(path), f"{key}, {path}")
+    ending, where = _ending(path), f"{key}, {path}"
+    read = partial(read_whole, path, modality, key, budget)
+    return Undecoded(read, ending if ending in FEATURE_FORMATS else PICTURE, where, budget)
 
 
 def _path(modality: str, name: str, where: str, root: Path) -> Path:
@@ -127,15 +130,6 @@ def _path(modality: str, name: str, where: str, root: Path) -> Path:
         formats = ", ".join(f".{ending}" for ending in FEATURE_FORMATS)
         raise DataError(f"{where}: the {modality} {name!r} holds no features; expected one of {formats}")
     return path
-
-
-def _file_bytes(path: Path, modality: str, key: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{key}: there is no {modality} {path}") from error
-    except OSError as error:
-        raise OSError(f"{key}: cannot read the {modality} {path}: {error}") from error
 
 
 def _ending(path: Path) -> str:

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, PICTURE, Budget
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS
 from mmfuse.data.sources.records import MEDIA_KEYS, parse_record
 from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.errors import ConfigError, DataError
@@ -31,14 +31,15 @@ class ParquetSource:
     Args:
         paths: the files.
         name: names the source in messages.
+        budget: how large a medium may be.
 
     Raises:
         ConfigError: pyarrow is not installed.
         DataError: a file that is no parquet, or without a column that can be read.
     """
 
-    def __init__(self, paths: Sequence[Path], name: str) -> None:
-        self.name, self._paths = name, list(paths)
+    def __init__(self, paths: Sequence[Path], name: str, budget: Budget = DEFAULT_BUDGET) -> None:
+        self.name, self._paths, self._budget = name, list(paths), budget
         self._groups: list[tuple[int, int]] = []
         counts = []
         digest = hashlib.sha256()
@@ -81,7 +82,7 @@ class ParquetSource:
         number = int(np.searchsorted(self._ends, at, side="right"))
         row = at - int(self._ends[number] - self._counts[number])
         raw = self._table(number).slice(row, 1).to_pylist()[0]
-        return _sample({name: value for name, value in raw.items() if value is not None}, self.key(at))
+        return _sample({name: value for name, value in raw.items() if value is not None}, self.key(at), self._budget)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 over names, sizes and the tables at the end of the files."""
@@ -99,14 +100,16 @@ class ParquetSource:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _sample(raw: dict[str, Any], key: str) -> Sample:
+def _sample(raw: dict[str, Any], key: str, budget: Budget) -> Sample:
     media: dict[str, tuple[Undecoded, ...]] = {}
     for modality, names in MEDIA_KEYS.items():
         for name in names:
             if name in raw:
                 given = raw.pop(name)
                 items = given if isinstance(given, list) else [given]
-                media[modality] = tuple(_medium(modality, item, f"{key}, {name} {at}") for at, item in enumerate(items))
+                media[modality] = tuple(
+                    _medium(modality, item, f"{key}, {name} {at}", budget) for at, item in enumerate(items)
+                )
     if "texts" in raw:
         pairs = raw.pop("texts")
         marks = "".join(f"<{modality}>" * len(items) for modality, items in media.items())
@@ -120,13 +123,13 @@ def _sample(raw: dict[str, Any], key: str) -> Sample:
     return Sample(key, images, record.messages, record.text, record.info, audio=audio, eeg=eeg)
 
 
-def _medium(modality: str, item: object, where: str) -> Undecoded:
+def _medium(modality: str, item: object, where: str, budget: Budget) -> Undecoded:
     if not isinstance(item, Mapping) or not isinstance(item.get("bytes"), bytes):
         raise DataError(f"{where}: expected a struct with the bytes of a file, as Hugging Face datasets store them")
     suffix = Path(str(item.get("path") or "")).suffix.lower().removeprefix(".")
     if modality != "image" and suffix not in FEATURE_FORMATS:
         raise DataError(f"{where}: expected features, a path that ends in {' or '.join(FEATURE_FORMATS)}")
-    return Undecoded(partial(bytes, item["bytes"]), suffix if suffix in FEATURE_FORMATS else "", where)
+    return Undecoded(partial(bytes, item["bytes"]), suffix if suffix in FEATURE_FORMATS else PICTURE, where, budget)
 
 
 def _without_nulls(value: Any) -> Any:

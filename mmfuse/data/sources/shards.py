@@ -20,17 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmfuse.data.cache import load_arrays, save_arrays
+from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, PICTURE, PICTURES, Budget, decode_file
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS
 from mmfuse.data.sources.files import FilePool
-from mmfuse.data.sources.images import FORMATS
 from mmfuse.data.sources.records import parse_record
 from mmfuse.data.sources.tar import Member, members
 from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.errors import DataError, SourceError
 from mmfuse.models.media import MEDIA
 
-_IMAGE: Final = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(FORMATS)})")
+_IMAGE: Final = re.compile(rf"(?:(\d+)\.)?(?:{'|'.join(PICTURES)})")
 _FEATURES: Final = re.compile(rf"({'|'.join(MEDIA)})\.(?:(\d+)\.)?({'|'.join(FEATURE_FORMATS)})")
 #: Smaller shards are looked through again in a moment.
 _WORTH_STORING: Final = 1 << 22
@@ -67,6 +66,7 @@ class ShardSource:
         paths: the shards.
         checksums: SHA-256 by path, where a manifest gives it; goes into the fingerprint.
         name: names the source in messages.
+        budget: how large a member may be.
 
     Raises:
         DataError: naming shard and key: a truncated or damaged tar, a sample without record or whose members do not
@@ -74,11 +74,15 @@ class ShardSource:
     """
 
     def __init__(
-        self, paths: Sequence[Path], checksums: Mapping[Path, str] | None = None, name: str = "shards"
+        self,
+        paths: Sequence[Path],
+        checksums: Mapping[Path, str] | None = None,
+        name: str = "shards",
+        budget: Budget = DEFAULT_BUDGET,
     ) -> None:
         if not paths:
             raise DataError(f"{name}: a source needs at least one shard")
-        self.name = name
+        self.name, self._budget = name, budget
         self._pool = FilePool(paths)
         self._shards = [_stored_index(self._pool, number) for number in range(len(paths))]
         self._pool.close()
@@ -112,9 +116,10 @@ class ShardSource:
         own = slice(int(shard.begins[row]), int(shard.begins[row + 1]))
         kinds, offsets, sizes = (column[own].tolist() for column in (shard.kinds, shard.offsets, shard.sizes))
         parts = [partial(self._bytes, number, key, *place) for place in zip(offsets, sizes, strict=True)]
-        return _sample(key, [_KINDS[kind] for kind in kinds], parts)
+        return _sample(key, [_KINDS[kind] for kind in kinds], parts, self._budget)
 
     def _bytes(self, number: int, key: str, offset: int, size: int) -> bytes:
+        self._budget.check("bytes", size, key)
         data = self._pool.read(number, offset, size)
         if len(data) != size:
             raise SourceError(f"{key}: the shard ended while it was read: {self._pool.paths[number]}")
@@ -137,21 +142,16 @@ class ShardSource:
         return digest.hexdigest()
 
 
-def _sample(key: str, kinds: Sequence[_Kind], parts: Sequence[Callable[[], bytes]]) -> Sample:
+def _sample(key: str, kinds: Sequence[_Kind], parts: Sequence[Callable[[], bytes]], budget: Budget) -> Sample:
     media: dict[str, list[Any]] = {name: [] for name in MEDIA}
     for kind, part in zip(kinds, parts, strict=True):
         if kind.modality:
             own = media[kind.modality]
-            ending = "" if kind == _PICTURE else kind.ending
-            own.append(Undecoded(part, ending, f"{key}, {kind.modality} {len(own)}"))
-    record_bytes = parts[kinds.index(_JSON)]() if _JSON in kinds else b"{}"
-    text_bytes = parts[kinds.index(_TXT)]() if _TXT in kinds else None
-    try:
-        raw: Any = json.loads(record_bytes)
-        text = None if text_bytes is None else text_bytes.decode()
-    except ValueError as error:
-        raise DataError(f"{key}: the record cannot be read: {error}") from error
-    if text is not None:
+            ending = PICTURE if kind == _PICTURE else kind.ending
+            own.append(Undecoded(part, ending, f"{key}, {kind.modality} {len(own)}", budget))
+    raw: Any = decode_file(parts[kinds.index(_JSON)](), "json", key, budget) if _JSON in kinds else {}
+    if _TXT in kinds:
+        text = decode_file(parts[kinds.index(_TXT)](), "txt", key, budget)
         if not isinstance(raw, Mapping) or "text" in raw:
             raise DataError(f"{key}: beside {{key}}.txt, {{key}}.json must be an object without 'text'")
         raw = {**raw, "text": _with_placeholders(text, media)}
@@ -256,7 +256,7 @@ def _part(ending: str) -> _Part | str:
         return f"a member .{ending} is refused: loading a pickle can run code; use json, txt, images and features"
     if last in FEATURE_FORMATS:
         return f"a member .{ending} is refused: features name their modality, as in .{next(iter(MEDIA))}.{last}"
-    return f"unknown member .{ending}; samples consist of .json or .txt, and images: {', '.join(FORMATS)}"
+    return f"unknown member .{ending}; samples consist of .json or .txt, and images: {', '.join(PICTURES)}"
 
 
 def _check_group(where: str, parts: list[_Part]) -> None:

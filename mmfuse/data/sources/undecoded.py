@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, Budget, decode_file
 from mmfuse.data.samples import Sample
-from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
-from mmfuse.data.sources.images import decode_image
+from mmfuse.models.media import Features
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,13 +17,15 @@ class Undecoded:
 
     Attributes:
         read: returns the bytes.
-        ending: of the file's name, without dot; `""` for a picture of whatever format.
+        ending: of the file's name, without dot; `PICTURE` for an image of whatever format.
         where: names the medium in messages.
+        budget: how large it may be.
     """
 
     read: Callable[[], bytes]
     ending: str
     where: str
+    budget: Budget = DEFAULT_BUDGET
 
     @property
     def is_features(self) -> bool:
@@ -34,13 +36,11 @@ class Undecoded:
         """Return the picture or the features.
 
         Raises:
-            DataError: the bytes are damaged or of the wrong kind.
+            DataError: the bytes are damaged, of the wrong kind, or more than the budget allows.
             OSError: they cannot be read.
         """
-        data = self.read()
-        if self.is_features:
-            return decode_features(data, self.ending, self.where)
-        return decode_image(data, self.where)
+        found = decode_file(self.read(), self.ending, self.where, self.budget)
+        return Features.of(found, self.where) if self.is_features else found
 
 
 def decoded(sample: Sample) -> Sample:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -12,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from PIL import Image
 from webdataset import TarWriter
 
+from mmfuse.data.decoders import PICTURES, picture_header
 from mmfuse.data.samples import Sample
 from mmfuse.data.sources import Source
-from mmfuse.data.sources.images import FORMATS
 from mmfuse.data.sources.undecoded import Undecoded
 from mmfuse.errors import DataError
 
@@ -192,13 +190,9 @@ def picture_ending(data: bytes, where: str) -> str:
     Raises:
         DataError: no picture, or of a format that is not read.
     """
-    try:
-        found = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))).format
-    except Exception as error:  # decoders meet damage with errors of many types
-        raise DataError(f"{where}: cannot read this image: {error}") from error
-    names = {kind: ending for ending, kind in reversed(FORMATS.items())}
+    names = {kind: ending for ending, kind in reversed(PICTURES.items())}
     # Phones store a thumbnail or a depth map behind a JPEG.
-    return names.get(str(found), "jpg")
+    return names.get(str(picture_header(data, where).format), "jpg")
 
 
 def _write(path: Path, data: bytes) -> None:

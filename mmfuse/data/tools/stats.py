@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from mmfuse.data.decoders import picture_header
 from mmfuse.data.samples import Sample
 from mmfuse.data.sources import Source
-from mmfuse.data.sources.images import FORMATS
 from mmfuse.data.sources.undecoded import Undecoded
-from mmfuse.errors import DataError
 from mmfuse.models.media import MEDIA
 
 
@@ -74,23 +71,10 @@ def statistics(source: Source, measure: Callable[[Sample], int], unit: str, limi
                 data = item.read()
                 found.add(f"{name} (KiB)", len(data) / 1024)
                 if not item.is_features:
-                    width, height = image_size(data, item.where)
+                    width, height = picture_header(data, item.where).size
                     found.add("image width (px)", width)
                     found.add("image height (px)", height)
     return found
-
-
-def image_size(data: bytes, where: str) -> tuple[int, int]:
-    """Width and height, from the header alone.
-
-    Raises:
-        DataError: no picture that can be read.
-    """
-    try:
-        size: tuple[int, int] = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values()))).size
-    except Exception as error:  # decoders meet damage with errors of many types
-        raise DataError(f"{where}: cannot read this image: {error}") from error
-    return size
 
 
 def text_histogram(values: Sequence[float], bins: int = 10, width: int = 40) -> list[str]:
