@@ -11,7 +11,7 @@ and tests of a mask would pass whatever it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from torch import Tensor
 from mmfuse.errors import unknown
 from mmfuse.fusion import IGNORED_LABEL
 from mmfuse.models.config import MultimodalConfig
-from mmfuse.models.encoders import Encoder
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.sequence import Modality, Side, TokenMap
 
@@ -172,8 +171,7 @@ def _random_media(model: MultimodalLM, kind: str, length: int, generator: torch.
     each = model.visual_tokens(kind)
     if length % each:
         raise ValueError(f"a run of {length} {kind} tokens is no multiple of {each}, the tokens of one {kind}")
-    shape = cast(Encoder, model.encoders[kind]).input_shape
-    return [torch.randn(*shape, generator=generator) for _ in range(length // each)]
+    return [torch.randn(*model.input_shape(kind), generator=generator) for _ in range(length // each)]
 
 
 def _layouts(layout: Layout | Sequence[Layout] | None, batch: int) -> list[Layout]:
