@@ -101,11 +101,15 @@ def plan_adapter(model: MultimodalLM, spec: AdapterSpec, trained_parts: Sequence
     full = list(chain.from_iterable(_named(model, name, "modules_to_save") for name in spec.modules_to_save))
     parts = {part: {id(inner) for inner in module.modules()} for part, module in model.parts().items()}
     modules = dict(model.named_modules())
-    targeted = {part for part, own in parts.items() if any(id(modules[path]) in own for path in linear)}
-    for part in sorted(targeted - set(trained_parts)):
-        raise ConfigError(f"adapter: targets name the {part}, which no stage trains: give it a learning rate in lr")
+    targeted, saved = (
+        {part for part, own in parts.items() if any(id(modules[path]) in own for path in named)}
+        for named in (linear, full)
+    )
+    for key, found in (("targets", targeted), ("modules_to_save", saved)):
+        for part in sorted(found - set(trained_parts)):
+            raise ConfigError(f"adapter: {key} names the {part}, which no stage trains: give it a learning rate in lr")
     for part in trained_parts:
-        if part not in targeted:
+        if part not in targeted | saved:
             full += [paths[id(module)] for module in _roots(model.parts()[part], paths)]
     if "connector" in targeted and any(True for _ in model.fusion.parameters()):
         raise ConfigError(
