@@ -32,4 +32,5 @@ class Idefics3(Adapter):
 
     def blank(self, vlm: PreTrainedModel) -> dict[str, Tensor]:
         (pixels,) = super().blank(vlm).values()
-        return {"pixel_values": torch.zeros(1, *pixels.shape)}
+        # Images of zeros are padding here.
+        return {"pixel_values": torch.ones(1, *pixels.shape)}

@@ -42,11 +42,13 @@ class Vlm:
         return dict(batch)
 
 
+@pytest.fixture(scope="session", params=VLMS)
+def vlm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vlm:
+    if request.param == "smolvlm":
+        pytest.importorskip("num2words", reason="the processor of SmolVLM spells numbers")
+    return Vlm(request.param, tmp_path_factory.mktemp(request.param))
+
+
 @pytest.fixture(scope="session")
-def vlms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Vlm]:
-    return {family: Vlm(family, tmp_path_factory.mktemp(family)) for family in VLMS}
-
-
-@pytest.fixture(params=VLMS)
-def vlm(request: pytest.FixtureRequest, vlms: dict[str, Vlm]) -> Vlm:
-    return vlms[request.param]
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Vlm:
+    return Vlm("llava", tmp_path_factory.mktemp("llava"))
