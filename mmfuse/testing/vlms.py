@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
-import transformers as hf
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from mmfuse.errors import unknown
+
+# Its config classes are generated, and type checkers misread how they are called.
+hf: Any = transformers
 
 _WORDS = "user assistant what is in this picture a cat dog on the mat and or one two three left of right red blue : ? ."
 WORDS: Final = tuple(_WORDS.split())
@@ -251,8 +254,8 @@ def _gemma3(**overrides: Any) -> Built:
     return model, processor
 
 
-def _qwen_parts() -> tuple[PreTrainedTokenizerFast, dict[str, Any], dict[str, int]]:
-    """Tokenizer, arguments of the processor, and ids of the config."""
+def _qwen_parts() -> tuple[dict[str, Any], dict[str, int]]:
+    """Arguments of the processor, and ids of the config."""
     tokenizer = tiny_tokenizer("<vision_start>", "<vision_end>", video_token="<video>")
     patches = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 1024}}
     parts = {
@@ -261,14 +264,13 @@ def _qwen_parts() -> tuple[PreTrainedTokenizerFast, dict[str, Any], dict[str, in
         "video_processor": hf.Qwen2VLVideoProcessor(**patches),
         "chat_template": _chat_template("<vision_start><image><vision_end>"),
     }
-    ids = {
-        name: tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("vision_start", "vision_end", "image", "video")
-    }
-    return tokenizer, parts, {f"{name}_token_id": token_id for name, token_id in ids.items()}
+    marks = ("vision_start", "vision_end", "image", "video")
+    ids = {f"{name}_token_id": cast(int, tokenizer.convert_tokens_to_ids(f"<{name}>")) for name in marks}
+    return parts, ids
 
 
 def _qwen2_vl(**overrides: Any) -> Built:
-    _, parts, ids = _qwen_parts()
+    parts, ids = _qwen_parts()
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "initializer_range": 0.2}
     text_config = _decoder("qwen2_vl_text", overrides, rope_parameters=rope)
@@ -277,7 +279,7 @@ def _qwen2_vl(**overrides: Any) -> Built:
 
 
 def _qwen2_5_vl(**overrides: Any) -> Built:
-    _, parts, ids = _qwen_parts()
+    parts, ids = _qwen_parts()
     rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     vision = {
         "depth": 2,
