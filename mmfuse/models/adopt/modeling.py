@@ -259,7 +259,7 @@ def adopt(
     else:
         if loading.get("trust_remote_code"):
             raise ConfigError("from_vlm runs no code from checkpoints: trust_remote_code is not supported")
-        settings, _ = PreTrainedConfig.get_config_dict(vlm)
+        settings, _ = PreTrainedConfig.get_config_dict(vlm, **loading)
         adapter_for(settings.get("model_type"))
         own = AutoModelForImageTextToText.from_pretrained(vlm, **loading)
     config = AdoptedConfig(own.config, fusion, attention_backend, dtype=own.dtype)

@@ -24,12 +24,6 @@ def live(batch: dict[str, Any], values: Tensor) -> Tensor:
     return values[batch["attention_mask"].bool()]
 
 
-def text_only(vlm: Any) -> dict[str, Any]:
-    typed = "token_type_ids" in vlm.batch((1,))
-    words = ["a cat and a dog", "red mat"]
-    return dict(vlm.processor.tokenizer(words, padding=True, return_tensors="pt", return_token_type_ids=typed))
-
-
 def supervised(vlm: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with the last three tokens of each row as answers, padded on the right."""
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -55,7 +49,7 @@ def test_prefill_equals_the_original(vlm: Any, side: str) -> None:
             expected, found = original(**batch).logits, model(**batch).logits
         torch.testing.assert_close(live(batch, found), live(batch, expected), **CLOSE)
         assert live(batch, expected).abs().max() > 0.1
-    batch = text_only(vlm)
+    batch = vlm.text_only()
     with torch.no_grad():
         torch.testing.assert_close(live(batch, model(**batch).logits), live(batch, original(**batch).logits), **CLOSE)
 
@@ -66,7 +60,7 @@ def test_generation_equals_the_original(vlm: Any, beams: int) -> None:
     original = AutoModelForImageTextToText.from_pretrained(vlm.folder)
     how = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams, "min_new_tokens": 6}
     # Hugging Face's own beams repeat images as if there were one a sample.
-    for batch in (vlm.batch((1, 2) if beams == 1 else (1, 1)), text_only(vlm)):
+    for batch in (vlm.batch((1, 2) if beams == 1 else (1, 1)), vlm.text_only()):
         expected = original.generate(**batch, **how, output_logits=True, return_dict_in_generate=True)
         found = model.generate(**batch, **how, output_logits=True, return_dict_in_generate=True)
         assert torch.equal(found.sequences, expected.sequences)
@@ -149,7 +143,7 @@ def test_checkpointed_training_gives_the_originals_gradients(vlm: Any) -> None:
 
 def test_text_only_training_still_runs_the_tower(vlm: Any) -> None:
     model = MultimodalLM.from_vlm(vlm.folder).train()
-    out = model(**supervised(vlm, text_only(vlm)))
+    out = model(**supervised(vlm, vlm.text_only()))
     assert torch.isfinite(out.loss)
     out.loss.backward()
     touched = [weight.grad is not None for weight in model.connectors.parameters()]
