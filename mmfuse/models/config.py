@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -77,14 +77,18 @@ def decoder_config(spec: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConf
     return check_computable(config_class(**settings))
 
 
-def check_computable(config: PreTrainedConfig) -> PreTrainedConfig:
+def check_computable(config: PreTrainedConfig, computed: Sequence[str] = ()) -> PreTrainedConfig:
     """The config, unless the decoder's own model would read from it what our loop would not.
+
+    Args:
+        config: of a decoder.
+        computed: settings that a fusion strategy stands for.
 
     Raises:
         ConfigError: naming the setting.
     """
     for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
-        if getattr(config, name, None):
+        if getattr(config, name, None) and name not in computed:
             raise ConfigError(f"decoder {config.model_type!r}: {name} is set, which mmfuse does not compute")
     return config
 

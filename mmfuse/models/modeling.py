@@ -135,9 +135,10 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         """Hugging Face's `from_pretrained`, for adopted models too."""
         from mmfuse.models.adopt import AdoptedConfig, AdoptedLM
 
-        saved, _ = PreTrainedConfig.get_config_dict(folder)
-        if cls is MultimodalLM and saved.get("model_type") == AdoptedConfig.model_type:
-            return AdoptedLM.from_pretrained(folder, *args, **kwargs)
+        if cls is MultimodalLM and folder is not None and "config" not in kwargs:
+            saved, _ = PreTrainedConfig.get_config_dict(folder, **kwargs)
+            if saved.get("model_type") == AdoptedConfig.model_type:
+                return AdoptedLM.from_pretrained(folder, *args, **kwargs)
         return super().from_pretrained(folder, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:

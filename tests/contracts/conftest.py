@@ -32,6 +32,8 @@ TWO_TURNS: Layout = [
 IMAGE_AUDIO: Layout = [("text", 2), ("image", 4), ("audio", 3), ("text", 3), ("answer", 3)]
 AUDIO_FIRST: Layout = [("text", 1), ("audio", 3), ("text", 2), ("image", 4), ("text", 2), ("answer", 3)]
 MEDIA_AFTER_TEXT: Layout = [("text", 4), ("image", 4), ("answer", 3)]
+#: A vision-language model of Hugging Face that `MultimodalLM.from_vlm` adopts.
+ADOPTED = "llava"
 RAGGED = [ONE_IMAGE, TEXT_ONLY, TWO_TURNS]
 
 
@@ -87,6 +89,10 @@ def design() -> list[Case]:
         cases += [Case(fusion, family, next(heads), "ragged_left", "auto") for family in FAMILIES]
         for name, backend, kv_heads in product(ARRANGEMENTS, BACKENDS, (4, 2)):
             cases.append(Case(fusion, "llama", kv_heads, name, backend))
+    images = [name for name, arrangement in ARRANGEMENTS.items() if arrangement.modalities == ("image",)]
+    cases += [
+        Case(fusion, ADOPTED, next(heads), name, "auto") for fusion in ("mma", "naavit", "saisa") for name in images
+    ]
     return cases
 
 
@@ -124,6 +130,6 @@ def fusion(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, ADOPTED])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param

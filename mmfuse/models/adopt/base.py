@@ -54,6 +54,8 @@ class Adapter:
     image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
     #: What else its processor gives for each token `[B, S]`.
     token_inputs: ClassVar[tuple[str, ...]] = ()
+    #: Settings of the decoder's config that the native strategy computes.
+    native_settings: ClassVar[tuple[str, ...]] = ()
     #: Whether every image becomes equally many tokens.
     fixed_length: ClassVar[bool] = True
 

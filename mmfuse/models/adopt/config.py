@@ -47,8 +47,7 @@ class AdoptedConfig(PreTrainedConfig):
         # Tying happens inside the adopted model; saying it here too would tie a second time under names we do not have.
         kwargs.setdefault("tie_word_embeddings", False)
         for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            found = getattr(own, token, None)
-            kwargs.setdefault(token, found if found is not None else getattr(own.get_text_config(), token, None))
+            kwargs.setdefault(token, getattr(own.get_text_config(), token, None))
         super().__init__(**kwargs)
         # Last: the base class sets one attention function for all configs that it finds.
         self.vlm_config = own
@@ -70,9 +69,9 @@ def _vlm_config(spec: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConfig:
         family = settings.pop("model_type", None)
         adapter_for(family)
         spec = CONFIG_MAPPING[family](**settings)
-    adapter_for(spec.model_type)
+    adapter = adapter_for(spec.model_type)
     text_config = spec.get_text_config()
     if text_config.model_type not in PARTS:
         raise ConfigError(unknown(f"decoder of a {spec.model_type}", text_config.model_type, PARTS))
-    check_computable(text_config)
+    check_computable(text_config, adapter.native_settings)
     return spec

@@ -8,12 +8,25 @@ from typing import Final
 
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models.adopt.base import Adapter
-from mmfuse.models.adopt.llava import Llava
+from mmfuse.models.adopt.gemma import Gemma3, PaliGemma
+from mmfuse.models.adopt.idefics3 import Idefics3
+from mmfuse.models.adopt.internvl import InternVL
+from mmfuse.models.adopt.llava import Llava, LlavaNext, LlavaOnevision
+from mmfuse.models.adopt.qwen2_vl import Qwen2VL, Qwen25VL
 
 #: By the `model_type` of the architecture's config.
 ADAPTERS: Final[Mapping[str, Adapter]] = MappingProxyType(
     {
         "llava": Llava(),
+        "llava_next": LlavaNext(),
+        "llava_onevision": LlavaOnevision(),
+        "idefics3": Idefics3(),
+        "smolvlm": Idefics3(),
+        "paligemma": PaliGemma(),
+        "gemma3": Gemma3(),
+        "qwen2_vl": Qwen2VL(),
+        "qwen2_5_vl": Qwen25VL(),
+        "internvl": InternVL(),
     }
 )
 

@@ -5,7 +5,7 @@ Papers: LLaVA-1.5, arXiv 2310.03744; LLaVA-OneVision, arXiv 2408.03326.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Llava(Adapter):
 class LlavaNext(Adapter):
     """LLaVA-NeXT: an overview and tiles of one image, packed with a learned token behind each row."""
 
-    image_inputs = ("pixel_values", "image_sizes")
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
     token_inputs = ("mm_token_type_ids",)
     fixed_length = False
 

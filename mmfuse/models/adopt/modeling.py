@@ -48,13 +48,13 @@ class AdoptedLM(AdoptedGenerationMixin, MultimodalLM):
         adapter: what mmfuse knows of its architecture.
     """
 
-    config_class = AdoptedConfig
-    config: AdoptedConfig  # type: ignore[assignment]
+    config_class = AdoptedConfig  # type: ignore[assignment]  # in place of MultimodalLM's
+    config: AdoptedConfig
 
     def __init__(self, config: AdoptedConfig, vlm: PreTrainedModel | None = None) -> None:
-        PreTrainedModel.__init__(self, config)  # type: ignore[arg-type]  # not MultimodalLM's, which builds other parts
+        PreTrainedModel.__init__(self, config)  # not MultimodalLM's, which builds other parts
         self.adapter = adapter_for(config.vlm_config.model_type)
-        self.input_names = {}
+        self.input_names = {"image": "pixel_values"}
         self.vlm = AutoModelForImageTextToText.from_config(config.vlm_config) if vlm is None else vlm
         cast(Any, self.adapter.language_model(self.vlm)).config._attn_implementation = ATTENTION
         self.fusion = self.adapter.native(self.vlm) if config.fusion == NATIVE else build_fusion(config.fusion)
@@ -78,7 +78,7 @@ class AdoptedLM(AdoptedGenerationMixin, MultimodalLM):
         return nn.ModuleDict({"image": self.adapter.projector(self.vlm)})
 
     @property
-    def decoder(self) -> Decoder:  # type: ignore[override]
+    def decoder(self) -> Decoder:
         """Language model and head."""
         return Decoder(self.adapter.language_model(self.vlm), cast(Any, self.vlm).lm_head, self.config.text_config)
 
@@ -169,7 +169,7 @@ class AdoptedLM(AdoptedGenerationMixin, MultimodalLM):
             return None
         return self._encode({name: inputs[name] for name in self.adapter.image_inputs if name in inputs})
 
-    def token_map(  # type: ignore[override]
+    def token_map(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -213,7 +213,7 @@ class AdoptedLM(AdoptedGenerationMixin, MultimodalLM):
         return given
 
     def _encode(self, inputs: Mapping[str, Tensor]) -> EncodedMedia:
-        device = self.get_input_embeddings().weight.device
+        device = cast(Tensor, self.get_input_embeddings().weight).device
         return self.adapter.encode(self.vlm, {name: value.to(device) for name, value in inputs.items()})
 
     def _embed_encoded(self, input_ids: Tensor, tokens: TokenMap, media: EncodedMedia | None) -> Embedded:
@@ -259,7 +259,7 @@ def adopt(
     else:
         if loading.get("trust_remote_code"):
             raise ConfigError("from_vlm runs no code from checkpoints: trust_remote_code is not supported")
-        settings, _ = PreTrainedConfig.get_config_dict(vlm)
+        settings, _ = PreTrainedConfig.get_config_dict(vlm, **loading)
         adapter_for(settings.get("model_type"))
         own = AutoModelForImageTextToText.from_pretrained(vlm, **loading)
     config = AdoptedConfig(own.config, fusion, attention_backend, dtype=own.dtype)
