@@ -287,6 +287,10 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         """An empty cache that `past_key_values` takes, for the model's own strategy or another."""
         return new_cache(self.fusion if fusion is None else fusion, self.config.text_config)
 
+    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of the model's processor with its `tokens`, as `forward` takes it."""
+        return dict(batch)
+
     def token_map(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenMap:
         """A map of `input_ids [B, S]` by placeholder ids alone: one document a row, all text prompt, one turn."""
         live = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -58,7 +59,8 @@ def first_batch(module: MultimodalModule, data: MultimodalData, stage: int) -> d
     """The first training batch of a stage, as the fit will see it."""
     plan = data.plan(start=module.schedule.starts[stage])
     samples = [data.sources[item.source][item.index] for item in next(iter(plan))]
-    return TrainingCollate(module.processor)(samples)
+    with torch.no_grad():
+        return module.network.prepared(TrainingCollate(module.processor)(samples))
 
 
 def batch_table(batch: dict[str, Any]) -> Table:

@@ -163,6 +163,22 @@ class AdoptedLM(AdoptedGenerationMixin, MultimodalLM):
             record=record,
         )
 
+    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch with its `tokens`, and `media` in place of the pixels: images go through the tower once."""
+        if "tokens" in batch:
+            return dict(batch)
+        names = (*self.adapter.image_inputs, *self.adapter.token_inputs)
+        media = self.encode_media(batch)
+        tokens = self.token_map(
+            batch["input_ids"],
+            batch.get("attention_mask"),
+            labels=batch.get("labels"),
+            media=media,
+            **{name: batch[name] for name in names if name in batch},
+        )
+        kept = {name: value for name, value in batch.items() if name not in (*names, "attention_mask")}
+        return {**kept, "tokens": tokens, "media": media}
+
     def encode_media(self, inputs: Mapping[str, Tensor]) -> EncodedMedia | None:
         """The images among the `inputs` behind tower and projector; None if there are none."""
         if inputs.get("pixel_values") is None:
