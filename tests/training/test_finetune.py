@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from mmfuse.errors import ConfigError
+from mmfuse.models import MultimodalLM
 from mmfuse.training.checkpoints import load_network_weights, read_checkpoint
 from mmfuse.training.cli import parse_and_build
+from mmfuse.training.export import tuned_module
 
 LORA = {"model": {"adapter": {"kind": "lora", "r": 4, "targets": ["decoder.attention", "encoder.image"]}}}
 
@@ -93,3 +97,47 @@ def test_mistakes(write_config: Callable[..., Path], mmfuse: Callable[..., Any],
     ):
         ran = mmfuse("fit", "--config", write_config(changes), "--out", tmp_path / "run")
         assert ran.code == 2 and message in ran.err, ran.err
+
+
+def test_exported_adapter_and_its_base_load_in_vanilla_peft(
+    tuned: Path, mmfuse: Callable[..., Any], tmp_path: Path
+) -> None:
+    ran = mmfuse("export", "--ckpt", tuned, "--out", tmp_path / "out")
+    assert ran.code == 0, ran.err
+    assert "vLLM" in ran.out and "no" in ran.out
+    module = tuned_module(tuned / "adapter", tuned / "config.yaml")
+    chat = [{"role": "user", "content": "which digit?"}, {"role": "assistant", "content": "4"}]
+    batch = module.processor(chat)
+    expected = module.network(**batch).logits
+    base = MultimodalLM.from_pretrained(tmp_path / "out" / "base").eval()
+    theirs = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    torch.testing.assert_close(theirs(**batch).logits, expected, rtol=0, atol=1e-5)
+    assert mmfuse("generate", "--ckpt", tmp_path / "out", "--prompt", "which digit?").code == 0
+
+    assert mmfuse("export", "--ckpt", tuned, "--merge", "--out", tmp_path / "merged").code == 0
+    merged = MultimodalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(**batch).logits, expected, rtol=0, atol=1e-4)
+    assert mmfuse("generate", "--ckpt", tmp_path / "merged", "--prompt", "which digit?").code == 0
+    again = mmfuse("export", "--ckpt", tuned, "--out", tmp_path / "merged")
+    assert again.code == 2 and "there is something already" in again.err
+
+
+def test_a_damaged_adapter_is_refused_by_generate_and_export(
+    tuned: Path, mmfuse: Callable[..., Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned, run)
+    file = run / "adapter" / "adapter_model.safetensors"
+    renamed = {name.replace("q_proj", "query"): value for name, value in load_file(file).items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    for words in (("generate", "--prompt", "which?"), ("export", "--out", tmp_path / "out")):
+        ran = mmfuse(words[0], "--ckpt", run, *words[1:])
+        assert ran.code == 2 and "does not fit the model" in ran.err
+
+
+def test_a_run_without_an_adapter_is_exported_whole(
+    finished: Path, mmfuse: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert mmfuse("export", "--ckpt", finished, "--out", tmp_path / "out").code == 0
+    one, two = (load_file(folder / "model.safetensors") for folder in (finished / "model", tmp_path / "out"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
