@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mmfuse.errors import ConfigError
 from mmfuse.fusion import Causal, Fusion
 
 Inputs = Mapping[str, Tensor]
@@ -83,11 +82,7 @@ class Adapter:
         return Causal()
 
     def encode(self, vlm: PreTrainedModel, inputs: Inputs) -> EncodedMedia:
-        """Images through tower and projector, by the architecture's own `get_image_features`.
-
-        Raises:
-            ValueError: an input is missing that goes with the pixels.
-        """
+        """Images through tower and projector, by the architecture's own `get_image_features`."""
         seen: list[Tensor] = []
         hook = self.projector(vlm).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
@@ -123,15 +118,3 @@ class Adapter:
 def inner(vlm: PreTrainedModel) -> Any:
     """The model without its language-modelling head."""
     return vlm.model
-
-
-def check_image_tokens(name: str, config: Any) -> int:
-    """The id of the architecture's image placeholder.
-
-    Raises:
-        ConfigError: the config does not have one.
-    """
-    found = getattr(config, "image_token_id", None)
-    if found is None:
-        raise ConfigError(f"the config of this {name} has no image_token_id")
-    return int(found)

@@ -199,15 +199,16 @@ class AdoptedLM(AdoptedGenerationMixin, MultimodalLM):
         Args:
             input_ids: `[B, S]`.
             attention_mask: `[B, S]`, 0 on padding.
-            labels: `[B, S]`; text that is supervised is an answer, unless the processor's output says what is one.
+            labels: `[B, S]`; text that is supervised is an answer, beside what the processor's output calls one.
             media: the images, whose lengths tell adjacent ones apart.
             **inputs: what else the processor gives.
         """
         live = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         is_image = (input_ids == self.config.media_token_ids["image"]) & (live > 0)
         answers = self.adapter.answers(inputs)
-        if answers is None and labels is not None:
-            answers = labels != IGNORED_LABEL
+        if labels is not None:
+            supervised = labels != IGNORED_LABEL
+            answers = supervised if answers is None else answers | supervised
         position, grid = self.adapter.positions(self.vlm, input_ids, live, inputs)
         return TokenMap.from_columns(
             is_image * int(Modality.IMAGE),
@@ -282,4 +283,6 @@ def adopt(
     model = AdoptedLM(config, own)
     if own.generation_config is not None:
         model.generation_config = copy.deepcopy(own.generation_config)
+        # Which cache fits is a question of the fusion; `generate` would refuse two answers.
+        model.generation_config.cache_implementation = None
     return model.train(own.training)

@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from mmfuse.errors import ConfigError
 from mmfuse.models import AdoptedConfig, AdoptedLM, MultimodalLM, PrefixCache
+from mmfuse.sequence import TokenMap
+from mmfuse.testing.vlms import tiny_vlm
 
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
@@ -55,6 +58,42 @@ def test_a_prefix_serves_many_questions(vlm: Any) -> None:
     found = prefix.generate([one["input_ids"], other["input_ids"]], maps, **how)
     for batch, new in zip((one, other), found, strict=True):
         assert torch.equal(model.generate(**batch, **how)[0, -3:], new)
+
+
+def test_packed_samples_are_what_they_are_alone(vlm: Any) -> None:
+    """Positions and grids of each sample come from its own map, so that documents of M-RoPE models pack too."""
+    model = MultimodalLM.from_vlm(vlm.folder)
+    batch = vlm.batch((1, 2))
+    live = batch["attention_mask"].bool()
+    media = model.encode_media(batch)
+    labels = batch["input_ids"].masked_fill(live.flip(1).cumsum(1).flip(1) > 3, -100)
+    tokens = model.token_map(**without_pixels(batch), labels=labels, media=media)
+    rows = [tokens.rows(row).select(live[row : row + 1]) for row in range(2)]
+    with torch.no_grad():
+        apart = model(batch["input_ids"], tokens, media=media, labels=labels)
+        flat = {"input_ids": batch["input_ids"][live].unsqueeze(0), "labels": labels[live].unsqueeze(0)}
+        packed = model(tokens=TokenMap.pack(rows), media=media, **flat)
+    torch.testing.assert_close(packed.logits[0], apart.logits[live], **CLOSE)
+    torch.testing.assert_close(packed.loss, apart.loss, **CLOSE)
+
+
+def test_the_cache_is_the_fusions(llava: Any) -> None:
+    """Published checkpoints name caches in their generation config."""
+    original, _ = tiny_vlm("llava")
+    original.generation_config.cache_implementation = "static"
+    model = MultimodalLM.from_vlm(original, "cross_attention")
+    assert model.generate(**llava.batch((1,)), max_new_tokens=2).shape[0] == 1
+    assert original.generation_config.cache_implementation == "static"
+
+
+def test_decoders_that_ask_for_more_are_refused() -> None:
+    """PaliGemma 2: its decoder caps attention scores."""
+    with pytest.raises(ConfigError, match=r"unknown decoder of a paligemma 'gemma2'"):
+        AdoptedConfig({"model_type": "paligemma", "text_config": {"model_type": "gemma2"}})
+    with pytest.raises(ConfigError, match=r"use_bidirectional_attention is set"):
+        AdoptedConfig(
+            {"model_type": "llava", "text_config": {"model_type": "gemma", "use_bidirectional_attention": True}}
+        )
 
 
 def without_pixels(batch: dict[str, Any]) -> dict[str, Any]:
