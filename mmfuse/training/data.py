@@ -16,6 +16,8 @@ from mmfuse.data import BatchPlan, MixtureDataset, Sample, Source, StagePlan, en
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
+from mmfuse.models.adopt.processor import AdoptedProcessor
+from mmfuse.models.build import Processor
 from mmfuse.training.stages import Stage
 
 
@@ -52,7 +54,7 @@ class PlannedLoader(DataLoader[Any]):
 class TrainingCollate:
     """Samples to the batch that `MultimodalModule` takes: the network's inputs, and `keys` to name samples by."""
 
-    processor: MultimodalProcessor
+    processor: Processor
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         encoded = [encode_sample(sample, self.processor.encoder) for sample in samples]
@@ -106,10 +108,10 @@ class MultimodalData(LightningDataModule):
         return list(self.specs)
 
     @property
-    def processor(self) -> MultimodalProcessor:
+    def processor(self) -> Processor:
         assert self.trainer is not None
         processor = self.trainer.lightning_module.processor
-        assert isinstance(processor, MultimodalProcessor)
+        assert isinstance(processor, MultimodalProcessor | AdoptedProcessor)
         return processor
 
     def setup(self, stage: str | None = None) -> None:

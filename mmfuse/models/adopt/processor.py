@@ -112,7 +112,7 @@ class ChatRenderer:
             _, found = render_jinja_template(
                 [list(chat)], chat_template=template, return_assistant_tokens_mask=True, **named
             )
-            return tuple((int(start), int(end)) for start, end in found[0])
+            return _joined(found[0])
         answers = []
         for number, message in enumerate(chat):
             if message["role"] != "assistant":
@@ -242,6 +242,17 @@ def _find(run: list[int], ids: list[int], start: int, key: str) -> int:
         f"{key}: the text between images has other tokens in the processor's output than in the chat template's text, "
         "so the tokens of the answers cannot be found (was the sample cut off?)"
     )
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Spans that touch as one: a template may mark an answer and its end apart."""
+    joined: list[tuple[int, int]] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return tuple(joined)
 
 
 def _in_parts(message: Message, key: str) -> dict[str, Any]:
