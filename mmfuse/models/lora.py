@@ -261,7 +261,7 @@ def check_same_keys(where: object, expected: Iterable[str], given: Iterable[str]
 def _linear_layers(model: MultimodalLM, target: str, paths: Mapping[int, str]) -> list[str]:
     """Paths of the linear layers that one of `targets` names."""
     in_layers = {"decoder.attention": ("self_attn",), "decoder.mlp": ("mlp",), "decoder": ("self_attn", "mlp")}
-    roots: list[nn.Module] = [cast(nn.Module, encoder) for encoder in model.encoders.values()]
+    roots: list[nn.Module] = list(model.encoders.values())
     if target in in_layers:
         found = list(_layer_modules(model, in_layers[target]))
     elif target in ("encoder", "connector"):

@@ -17,7 +17,6 @@ from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
 from mmfuse.models.adopt.processor import AdoptedProcessor
-from mmfuse.models.build import Processor
 from mmfuse.training.stages import Stage
 
 
@@ -54,7 +53,7 @@ class PlannedLoader(DataLoader[Any]):
 class TrainingCollate:
     """Samples to the batch that `MultimodalModule` takes: the network's inputs, and `keys` to name samples by."""
 
-    processor: Processor
+    processor: MultimodalProcessor
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Any]:
         encoded = [encode_sample(sample, self.processor.encoder) for sample in samples]
@@ -108,9 +107,9 @@ class MultimodalData(LightningDataModule):
         return list(self.specs)
 
     @property
-    def processor(self) -> Processor:
+    def processor(self) -> MultimodalProcessor:
         assert self.trainer is not None
-        processor = self.trainer.lightning_module.processor
+        processor: MultimodalProcessor = self.trainer.lightning_module.processor
         assert isinstance(processor, MultimodalProcessor | AdoptedProcessor)
         return processor
 

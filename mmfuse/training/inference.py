@@ -12,12 +12,12 @@ from transformers.utils import logging
 
 from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
 from mmfuse.errors import ConfigError
-from mmfuse.models import MultimodalLM
-from mmfuse.models.build import Processor, load_processor
+from mmfuse.models import MultimodalLM, MultimodalProcessor
+from mmfuse.models.build import load_processor
 from mmfuse.models.media import MEDIA, Features
 
 
-def load_model(folder: Path) -> tuple[MultimodalLM, Processor]:
+def load_model(folder: Path) -> tuple[MultimodalLM, MultimodalProcessor]:
     """A model in evaluation mode, on a GPU if there is one, and its processor.
 
     Args:
@@ -41,7 +41,7 @@ def load_model(folder: Path) -> tuple[MultimodalLM, Processor]:
 
 def answer(
     model: MultimodalLM,
-    processor: Processor,
+    processor: MultimodalProcessor,
     prompt: str,
     images: Sequence[Path] = (),
     audio: Sequence[Path] = (),

@@ -105,7 +105,9 @@ class MultimodalModule(LightningModule):
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ConfigError(f"model.ema_decay must lie between 0 and 1, got {ema_decay}")
         if ema_decay is not None and adapter is not None:
-            raise ConfigError("model.ema_decay averages all weights, and with model.adapter most of them stay: drop one")
+            raise ConfigError(
+                "model.ema_decay averages all weights, and with model.adapter most of them stay: drop one"
+            )
         self.schedule = Schedule(stages)
         self.stage_fusions = [_stage_fusion(stage) for stage in stages]
         self.optimizer_spec = optimizer
@@ -175,12 +177,12 @@ class MultimodalModule(LightningModule):
     # Training
 
     def on_fit_start(self) -> None:
-        if self.adapter is not None and self.adapter.base_dtype == "bfloat16":
-            if str(self.trainer.precision) not in ("bf16-mixed", "bf16-true"):
-                raise ConfigError(
-                    f"model.adapter.base_dtype is bfloat16; set trainer.precision to bf16-mixed (it is "
-                    f"{self.trainer.precision})"
-                )
+        in_half = self.adapter is not None and self.adapter.base_dtype == "bfloat16"
+        precision = str(self.trainer.precision)
+        if in_half and precision not in ("bf16-mixed", "bf16-true"):
+            raise ConfigError(
+                f"model.adapter.base_dtype is bfloat16; set trainer.precision to bf16-mixed (it is {precision})"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         index, stage, step = self.schedule.at(self.global_step)

@@ -26,7 +26,6 @@ from mmfuse.models.lora import (
     remove_adapter,
 )
 from mmfuse.testing import FAMILIES, tiny_batch, tiny_model
-from mmfuse.testing.vlms import tiny_vlm
 
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 
@@ -64,7 +63,9 @@ def test_targets_of_encoder_connector_and_modules() -> None:
     assert all(path.startswith("encoders.image.") or path.endswith("v_proj") for path in plan.linear)
     assert sum(path.startswith("decoder.") for path in plan.linear) == 2
     assert plan.full == ("connectors.image",)
-    both = plan_adapter(model, AdapterSpec(targets=["connector"], modules_to_save=["model.norm"]), ["connector", "decoder"])
+    both = plan_adapter(
+        model, AdapterSpec(targets=["connector"], modules_to_save=["model.norm"]), ["connector", "decoder"]
+    )
     assert both == AdapterPlan(("connectors.image.projection.0",), ("decoder.model.norm",))
 
 
@@ -74,7 +75,11 @@ def test_targets_of_encoder_connector_and_modules() -> None:
         ({"targets": ["decoder.atention"]}, ["decoder"], "did you mean 'decoder.attention'"),
         ({"targets": ["encoder.audio"]}, ["encoder"], "unknown encoder in targets 'audio'"),
         ({"targets": ["decoder.mlp"]}, ["connector"], "targets names the decoder, which no stage trains"),
-        ({"targets": ["decoder.attention"], "modules_to_save": ["decoder.model.layers.0.self_attn"]}, ["decoder"], "is to train in full"),
+        (
+            {"targets": ["decoder.attention"], "modules_to_save": ["decoder.model.layers.0.self_attn"]},
+            ["decoder"],
+            "is to train in full",
+        ),
         ({"targets": ["decoder.mlp"], "modules_to_save": ["lm_heat"]}, ["decoder"], "did you mean 'lm_head'"),
         ({"targets": ["norm"]}, ["decoder"], "norm in targets holds no linear layers"),
     ],
@@ -174,7 +179,9 @@ def test_an_adapter_that_does_not_fit_is_refused(damage: str, tmp_path: Path) ->
     weights = load_file(file)
     key = next(name for name in weights if "v_proj.lora_A" in name)
     if damage == "renamed":
-        weights = {name.replace("decoder.model.layers", "model.language_model.layers"): v for name, v in weights.items()}
+        weights = {
+            name.replace("decoder.model.layers", "model.language_model.layers"): v for name, v in weights.items()
+        }
     elif damage == "dropped":
         del weights[key]
     elif damage == "added":

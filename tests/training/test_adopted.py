@@ -106,7 +106,7 @@ def test_tuned_exported_and_loaded_by_the_original_class(
 @pytest.mark.parametrize("family", VLMS)
 @pytest.mark.parametrize("markers", [True, False], ids=["markers", "no markers"])
 def test_only_answers_are_taught(family: str, markers: bool) -> None:
-    vlm, own = tiny_vlm(family)
+    _, own = tiny_vlm(family)
     if not markers:
         for mark in ("{% generation %}", "{% endgeneration %}"):
             own.chat_template = own.chat_template.replace(mark, "")

@@ -135,9 +135,7 @@ def test_a_damaged_adapter_is_refused_by_generate_and_export(
         assert ran.code == 2 and "does not fit the model" in ran.err
 
 
-def test_a_run_without_an_adapter_is_exported_whole(
-    finished: Path, mmfuse: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_run_without_an_adapter_is_exported_whole(finished: Path, mmfuse: Callable[..., Any], tmp_path: Path) -> None:
     assert mmfuse("export", "--ckpt", finished, "--out", tmp_path / "out").code == 0
     one, two = (load_file(folder / "model.safetensors") for folder in (finished / "model", tmp_path / "out"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

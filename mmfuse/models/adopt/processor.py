@@ -102,17 +102,19 @@ class ChatRenderer:
     def _render(self, chat: Sequence[Message], generation: bool) -> str:
         if not self.processor.chat_template:  # PaliGemma: a prefix and its answer, without headers
             return "".join(_plain(message) for message in chat)
-        text = self.processor.apply_chat_template(list(chat), add_generation_prompt=generation, tokenize=False)
+        conversation: Any = list(chat)
+        text = self.processor.apply_chat_template(conversation, add_generation_prompt=generation, tokenize=False)
         return str(text)
 
     def _answers(self, chat: Sequence[Message], text: str, key: str) -> tuple[tuple[int, int], ...]:
         template = self.processor.chat_template
         if isinstance(template, str) and "{% generation" in template.replace("{%- ", "{% "):
-            named = tokenizer_of(self.processor).special_tokens_map
-            _, found = render_jinja_template(
-                [list(chat)], chat_template=template, return_assistant_tokens_mask=True, **named
+            named: Any = tokenizer_of(self.processor).special_tokens_map
+            conversations: Any = [list(chat)]
+            rendered: Any = render_jinja_template(
+                conversations, chat_template=template, return_assistant_tokens_mask=True, **named
             )
-            return _joined(found[0])
+            return _joined(rendered[1][0])
         answers = []
         for number, message in enumerate(chat):
             if message["role"] != "assistant":
@@ -196,9 +198,7 @@ class AdoptedProcessor:
     ) -> dict[str, Tensor]:
         images: Any = [list(sample.images) for sample in samples]
         images = images if any(images) else None
-        made = self.own(
-            images=images, text=texts, padding=True, padding_side=side, return_tensors="pt", **options
-        )
+        made = self.own(images=images, text=texts, padding=True, padding_side=side, return_tensors="pt", **options)
         return {name: cast(Tensor, value) for name, value in made.items()}
 
     def _answer_tokens(self, sample: RenderedChat, ids: list[int]) -> list[int]:
