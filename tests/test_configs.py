@@ -95,8 +95,8 @@ def test_config_that_needs_the_hub_is_known_and_builds_on_meta(name: str) -> Non
     [
         ("llava15_7b", 7_063_427_072, 39_976_960 + 20_979_712),
         ("qwen25_vl_3b", 3_754_622_976, 29_933_568),
-        ("smolvlm_256m", 0, 0),
-        ("paligemma_3b", 0, 0),
+        ("smolvlm_256m", 256_484_928, 7_077_888 + 4_884_480 + 155_520),
+        ("paligemma_3b", 2_923_466_480, 19_611_648),
     ],
 )
 def test_config_of_a_model_to_tune(name: str, total: int, trainable: int) -> None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -109,9 +109,9 @@ class MultimodalData(LightningDataModule):
     @property
     def processor(self) -> MultimodalProcessor:
         assert self.trainer is not None
-        processor: MultimodalProcessor = self.trainer.lightning_module.processor
+        processor = self.trainer.lightning_module.processor
         assert isinstance(processor, MultimodalProcessor | AdoptedProcessor)
-        return processor
+        return cast(MultimodalProcessor, processor)
 
     def setup(self, stage: str | None = None) -> None:
         wanted: dict[str, SourceSpec | None] = dict(self.held_out)
