@@ -204,8 +204,8 @@ class Encoding:
                 f"{encoded.key}: {len(encoded)} tokens, more than the {limit} that fit; see stream.too_long and "
                 "`mmfuse data lint`"
             )
-        short = truncate(encoded, limit)
-        if self.settings.too_long == "drop" or not is_supervised(short):
+        short = truncate(encoded, limit) if self.settings.too_long == "truncate" else None
+        if short is None or not is_supervised(short):
             counts[f"dropped/{draw.source}"] += 1
             return None
         counts[f"truncated/{draw.source}"] += 1
@@ -213,7 +213,7 @@ class Encoding:
 
     def _kept(self, sample: EncodedSample) -> EncodedSample:
         """As small as can be where a lane keeps it until its row is due: 12 bytes a token."""
-        if self.settings.window_is_batch:
+        if self.settings.window_is_batch or not isinstance(sample, EncodedSample):
             return sample
         return replace(sample, input_ids=sample.input_ids.astype(np.int32), table=sample.table.astype(np.int16))
 

@@ -188,6 +188,12 @@ def _whole(run: Path, names: list[str]) -> str:
     return "no other checkpoint of the run is whole"
 
 
-def load_network_weights(path: Path, module: torch.nn.Module) -> None:
-    """Load the weights of a Lightning checkpoint into a `MultimodalModule`."""
-    module.load_state_dict(read_checkpoint(path, map_location="cpu")["state_dict"])
+def load_network_weights(path: Path, module: LightningModule) -> None:
+    """Load the weights of a Lightning checkpoint into a `MultimodalModule`, or what it trains of them.
+
+    Raises:
+        ConfigError: it does not belong to this model.
+    """
+    checkpoint = read_checkpoint(path, map_location="cpu")
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,6 +19,7 @@ from mmfuse.data.quarantine import QUARANTINE, Quarantine
 from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
+from mmfuse.models.adopt.processor import AdoptedProcessor
 from mmfuse.training.stages import Stage
 
 
@@ -104,8 +105,8 @@ class MultimodalData(LightningDataModule):
     def processor(self) -> MultimodalProcessor:
         assert self.trainer is not None
         processor = self.trainer.lightning_module.processor
-        assert isinstance(processor, MultimodalProcessor)
-        return processor
+        assert isinstance(processor, MultimodalProcessor | AdoptedProcessor)
+        return cast(MultimodalProcessor, processor)
 
     def setup(self, stage: str | None = None) -> None:
         wanted: dict[str, SourceSpec | None] = dict(self.held_out)

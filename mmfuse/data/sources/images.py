@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Final
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmfuse.errors import DataError
 
@@ -24,6 +24,7 @@ FORMATS: Final = {
 }
 _DECODERS: Final = tuple(sorted(set(FORMATS.values())))
 _GREY: Final = ("1", "L", "LA")
+_SIDEWAYS: Final = 5  # Exif orientations from here on exchange width and height
 _DEEP: Final = ("I", "F")  # I;16 and its kin begin with I
 
 
@@ -51,6 +52,21 @@ def decode_image(data: bytes, where: str) -> Image.Image:
         image = ImageOps.exif_transpose(image)
     mode = "L" if image.mode in _GREY else "RGB"
     return image if image.mode == mode else image.convert(mode)
+
+
+def image_size(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height of the image in `data`, upright, from its head alone.
+
+    Raises:
+        DataError: the bytes are damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=_DECODERS) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _SIDEWAYS
+    except Exception as error:  # decoders meet damage with errors of many types
+        raise DataError(f"{where}: cannot read this image: {error}") from error
+    return (height, width) if turned else (width, height)
 
 
 def _problem(image: Image.Image) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmfuse.data.samples import Sample
 from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
-from mmfuse.data.sources.images import decode_image
+from mmfuse.data.sources.images import decode_image, image_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,16 @@ class Undecoded:
     def is_features(self) -> bool:
         """Whether it holds features, and no picture."""
         return self.ending in FEATURE_FORMATS
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture, upright; its pixels are not decoded.
+
+        Raises:
+            DataError: the bytes are damaged or of the wrong kind.
+            OSError: they cannot be read.
+        """
+        return image_size(self.read(), self.where)
 
     def decode(self) -> Any:
         """Return the picture or the features.
