@@ -103,6 +103,29 @@ def test_tuned_exported_and_loaded_by_the_original_class(
     assert refused.code == 2 and "does not fit the model" in refused.err
 
 
+def test_packed_through_the_command_line(mmfuse: Callable[..., Any], tmp_path: Path) -> None:
+    vlm, processor = tiny_vlm("llava")
+    vlm.save_pretrained(tmp_path / "vlm")
+    processor.save_pretrained(tmp_path / "vlm")
+    write_chats(tmp_path, turns=2)
+    (tmp_path / "0-0.png").write_bytes(b"damaged")
+    config = config_of(tmp_path / "vlm", tmp_path)
+    config["stages"][0]["steps"] = 2
+    del config["data"]["init_args"]["test"]
+    config["data"]["init_args"].update(batch_size=1, stream={"pack_to": 100, "lanes": 1, "window": 8}, num_workers=1)
+    (tmp_path / "tune.yaml").write_text(json.dumps(config))
+    assert mmfuse("fit", "--config", "tune.yaml", "--out", "run", "--checkpoint_every", "1").code == 0
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)["MultimodalData"]
+    counts = state["counts"]
+    assert state["steps"] == 2 and counts["used/chats"] >= 4  # more chats than rows
+    assert counts["bad/chats"] >= 1 and "0-0.png" in (tmp_path / "run" / "quarantine.jsonl").read_text()
+
+    config["data"]["init_args"]["stream"] = {"max_tokens": 8, "lanes": 1}
+    (tmp_path / "tune.yaml").write_text(json.dumps(config))
+    refused = mmfuse("fit", "--config", "tune.yaml", "--out", "again")
+    assert refused.code == 2 and "cannot be cut" in refused.err
+
+
 @pytest.mark.parametrize("family", VLMS)
 @pytest.mark.parametrize("markers", [True, False], ids=["markers", "no markers"])
 def test_only_answers_are_taught(family: str, markers: bool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,8 +51,13 @@ class RenderedChat:
     key: str
     measure: Measure
 
-    def __len__(self) -> int:
+    @cached_property
+    def length(self) -> int:
+        """Tokens in the processor's output."""
         return self.measure(self.text, tuple(map(_size, self.images)))
+
+    def __len__(self) -> int:
+        return self.length
 
     @property
     def images(self) -> list[Any]:
