@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "test": Command("mmfuse.training.cli", "main", "evaluate a checkpoint on held-out questions"),
     "predict": Command("mmfuse.training.cli", "main", "write a checkpoint's answers for a data set"),
     "compare": Command("mmfuse.training.commands", "compare", "train several fusions, all else equal, in one table"),
+    "export": Command("mmfuse.training.export", "main", "write a run as an adapter or a checkpoint for other tools"),
     "generate": Command("mmfuse.training.commands", "generate", "answer one prompt, with or without an image"),
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),

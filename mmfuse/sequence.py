@@ -59,7 +59,8 @@ class TokenMap:
         turn: dialogue turn inside the document; a new turn begins after each run of answers.
         document: which packed sample the token belongs to.
         position: RoPE position; by default the order inside the document.
-        grid: optional `[B, S, 3]` coordinates (t, y, x) of media tokens.
+        grid: optional `[B, S, 3]` coordinates (t, y, x) of media tokens inside their medium, 0 for text. In decoders
+            with three rotary axes (M-RoPE) a medium's tokens share one `position`, to which their grid is added.
     Padding slots hold role PAD and -1 for segment, turn and document.
     """
 
@@ -105,6 +106,50 @@ class TokenMap:
         table = torch.tensor(columns, dtype=torch.long).reshape(-1, 4).T.unsqueeze(1)
         order = torch.arange(len(columns)).unsqueeze(0)
         return cls(table[0], table[1], table[2], table[3], torch.zeros_like(order), order)
+
+    @classmethod
+    def from_columns(
+        cls,
+        modality: Tensor,
+        live: Tensor,
+        *,
+        answers: Tensor | None = None,
+        lengths: Sequence[int] = (),
+        position: Tensor | None = None,
+        grid: Tensor | None = None,
+    ) -> TokenMap:
+        """A map of rows that hold one document each, from what a tokenizer's output tells.
+
+        Args:
+            modality: int `[B, S]`, a `Modality` each.
+            live: bool `[B, S]`, False on padding.
+            answers: bool `[B, S]`, where text is an answer; nowhere if not given.
+            lengths: of the media of the batch in reading order; without them, adjacent media are one segment.
+            position: rotary positions `[B, S]`; the order in the row if not given.
+            grid: `[B, S, 3]`.
+        """
+        counted = live.long()
+        is_answer = torch.zeros_like(live) if answers is None else answers & live & (modality == Modality.TEXT)
+        starts = torch.zeros_like(live)
+        starts[:, :1] = True
+        for column in (modality, live, is_answer):
+            starts[:, 1:] |= column[:, 1:] != column[:, :-1]
+        if lengths:
+            media = ((modality != Modality.TEXT) & live).nonzero()
+            first = torch.tensor([0, *lengths[:-1]], device=media.device).cumsum(0)
+            row, slot = media[first[first < len(media)]].T
+            starts[row, slot] = True
+        turns = torch.zeros_like(live)
+        turns[:, 1:] = is_answer[:, :-1] & ~is_answer[:, 1:]
+        return cls(
+            modality=modality,
+            role=counted * int(Role.PROMPT) + is_answer.long() * (int(Role.ANSWER) - int(Role.PROMPT)),
+            segment=torch.where(live, (starts & live).cumsum(1) - 1, -1),
+            turn=torch.where(live, (turns & live).cumsum(1), -1),
+            document=counted - 1,
+            position=(counted.cumsum(1) - 1) * counted if position is None else position,
+            grid=grid,
+        )
 
     @classmethod
     def batch(cls, samples: Sequence[TokenMap], side: Side = "right") -> TokenMap:
@@ -203,7 +248,7 @@ class TokenMap:
             segment=torch.where(continues, before.segment, self.segment.amax(1, keepdim=True) + 1).expand(-1, count),
             turn=(before.turn + new_turn.long()).expand(-1, count),
             document=before.document.expand(-1, count),
-            position=before.position + steps,
+            position=(before.position if before.grid is None else before.position + before.grid.amax(-1)) + steps,
             grid=None if before.grid is None else torch.zeros_like(before.grid).expand(-1, count, -1),
         )
         return _concatenate([self, added], dim=1)

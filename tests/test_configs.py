@@ -12,6 +12,8 @@ import yaml
 from mmfuse.data.handwriting_tokenizer import load_tokenizer
 from mmfuse.fusion import FUSIONS
 from mmfuse.models import MultimodalLM, NetworkSpec, build_network
+from mmfuse.models.adopt import AdoptedConfig, AdoptedLM
+from mmfuse.models.lora import AdapterSpec, attach_adapter, plan_adapter
 from mmfuse.training.cli import config_schema, parse_and_build
 from mmfuse.training.stages import Schedule, Stage
 from mmfuse.training.strict import explain_mistake
@@ -29,7 +31,10 @@ OVERLAYS = {
     for name in NAMES
     if "An overlay: mmfuse fit --config configs/aki.yaml" in (CONFIGS / name).read_text()
 }
-OFFLINE = [name for name in NAMES if name not in PRETRAINED]
+LORA = [f"lora/{name}.yaml" for name in ("llava15_7b", "paligemma_3b", "qwen25_vl_3b", "smolvlm_256m")]
+#: Its model and data come from packages, see its head.
+PACKAGES = "lora/smollm2_pictures.yaml"
+OFFLINE = [name for name in NAMES if name not in (*PRETRAINED, *LORA, PACKAGES)]
 
 
 def settings(name: str) -> dict[str, Any]:
@@ -83,6 +88,44 @@ def test_config_that_needs_the_hub_is_known_and_builds_on_meta(name: str) -> Non
     sources = settings(name)["data"]["init_args"]["train"]
     assert {source for stage in stages for source in stage.data} <= set(sources)
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "trainable"),
+    [
+        ("llava15_7b", 7_063_427_072, 39_976_960 + 20_979_712),
+        ("qwen25_vl_3b", 3_754_622_976, 29_933_568),
+        ("smolvlm_256m", 256_484_928, 7_077_888 + 4_884_480 + 155_520),
+        ("paligemma_3b", 2_923_466_480, 19_611_648),
+    ],
+)
+def test_config_of_a_model_to_tune(name: str, total: int, trainable: int) -> None:
+    path = f"lora/{name}.yaml"
+    words = ["--config", str(CONFIGS / path)]
+    assert explain_mistake("nothing", config_schema("fit"), words) == "nothing"
+    own = settings(path)
+    vlm = dict(own["model"]["network"]["vlm"])
+    vlm.pop("pretrained")
+    with torch.device("meta"):
+        model = AdoptedLM(AdoptedConfig(vlm, own["model"]["network"]["fusion"]))
+        model.requires_grad_(False)
+        spec = AdapterSpec(**{**own["model"]["adapter"], "base_dtype": "float32"})
+        plan = plan_adapter(model, spec, Schedule([Stage(**stage) for stage in own["stages"]]).trained_parts())
+        attach_adapter(model, spec, plan)
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    base = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name)
+    print(f"{name}: {base:,} parameters, {trains:,} of them or of the adapter train")
+    assert (base, trains) == (total, trainable)
+
+
+def test_the_config_of_packages_is_known_and_builds_on_meta() -> None:
+    assert explain_mistake("nothing", config_schema("fit"), ["--config", str(CONFIGS / PACKAGES)]) == "nothing"
+    network = settings(PACKAGES)["model"]["network"]
+    decoder = {"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3}
+    with torch.device("meta"):
+        model, _ = build_network(NetworkSpec(**{**network, "decoder": decoder}), load_tokenizer())
+    assert model.visual_tokens("image") == 4
+    AdapterSpec(**settings(PACKAGES)["model"]["adapter"])
 
 
 def test_aki_4b_has_the_size_of_the_paper() -> None:

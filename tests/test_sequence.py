@@ -297,3 +297,29 @@ def test_every_operation_carries_the_grid() -> None:
 def test_a_map_cannot_be_hashed() -> None:
     with pytest.raises(TypeError, match="unhashable"):
         hash(TokenMap.from_layout([("text", 1)]))
+
+
+def test_from_columns_tells_runs_apart() -> None:
+    modality = torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0, 0]])
+    live = torch.ones(2, 9, dtype=torch.bool)
+    live[0, 0], live[1, 6:] = False, False
+    answers = torch.zeros(2, 9, dtype=torch.bool)
+    answers[0, 6:8], answers[1, 2:5] = True, True  # that of a medium is none
+    tokens = TokenMap.from_columns(modality, live, answers=answers, lengths=[2, 2, 2])
+    assert tokens.segment.tolist() == [[-1, 0, 1, 1, 2, 2, 3, 3, 4], [0, 1, 1, 2, 2, 3, -1, -1, -1]]
+    assert tokens.turn.tolist() == [[-1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1, -1, -1, -1]]
+    assert tokens.position.tolist() == [[0, 0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 0, 0, 0]]
+    assert tokens.document.tolist() == [[-1] + [0] * 8, [0] * 6 + [-1] * 3]
+    assert tokens.is_answer.sum(1).tolist() == [2, 2]
+    joined = TokenMap.from_columns(modality, live)
+    assert joined.segment[0].tolist() == [-1, 0, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_what_is_appended_stands_behind_a_mediums_grid() -> None:
+    grid = torch.zeros(1, 4, 3, dtype=torch.long)
+    grid[0, 2:] = torch.tensor([[0, 0, 1], [0, 2, 1]])
+    modality, live = torch.tensor([[0, 0, 1, 1]]), torch.ones(1, 4, dtype=torch.bool)
+    tokens = TokenMap.from_columns(modality, live, position=torch.tensor([[0, 1, 2, 2]]), grid=grid).append(2)
+    assert tokens.position.tolist() == [[0, 1, 2, 2, 5, 6]]
+    assert tokens.grid is not None
+    assert not tokens.grid[0, 4:].any()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.data.samples import Sample, encode_sample
-from mmfuse.models import MultimodalLM, MultimodalProcessor
+from mmfuse.models import AdoptedLM, MultimodalLM, MultimodalProcessor
 from mmfuse.models.chat import content_text, without_placeholders
 from mmfuse.sequence import Modality, TokenMap
 
@@ -87,6 +87,8 @@ def visual_grid(model: MultimodalLM) -> tuple[int, int]:
     """
     if "image" not in model.encoders:
         raise ValueError(f"no attention maps: the model takes no images, only {', '.join(model.encoders) or 'text'}")
+    if isinstance(model, AdoptedLM):
+        raise ValueError("no attention maps: where an adopted model's tokens lie in the image is not known")
     encoder: Any = model.encoders["image"]
     rows, cols = encoder.grid
     visual_tokens = model.visual_tokens("image")

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmfuse.errors import DataError, unknown
 
@@ -90,6 +90,7 @@ FEATURE_FORMATS: Final = ("npy", "safetensors")
 _PILLOW_FORMATS: Final = tuple(sorted(set(PICTURES.values())))
 _GREY: Final = ("1", "L", "LA")
 _DEEP: Final = ("I", "F")  # I;16 and its kin begin with I
+_SIDEWAYS: Final = 5  # from this EXIF orientation on, width and height change places
 _FIRST_FRAME: Final = ("GIF", "MPO")  # phones store a thumbnail or a depth map behind a JPEG (MPO)
 
 
@@ -133,6 +134,17 @@ def picture_header(data: bytes, where: str) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=_PILLOW_FORMATS)
     except Exception as error:
         raise DataError(f"{where}: cannot read this image: {error}") from error
+
+
+def picture_size(data: bytes, where: str) -> tuple[int, int]:
+    """Width and height of an image, upright, from its header alone.
+
+    Raises:
+        DataError: no image, or of a format that is not in `PICTURES`.
+    """
+    image = picture_header(data, where)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= _SIDEWAYS
+    return (image.height, image.width) if turned else (image.width, image.height)
 
 
 def _picture(data: bytes, where: str, budget: Budget) -> Image.Image:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from mmfuse.errors import DataError
 from mmfuse.models.chat import EncodedSample
 from mmfuse.sequence import Modality, Role
 
@@ -46,9 +47,17 @@ def truncate(sample: EncodedSample, limit: int) -> EncodedSample:
     """Return the first `limit` tokens of `sample`, or fewer: a medium that does not fit as a whole is left out.
 
     The result may have no supervised token left, see `is_supervised`, or be empty.
+
+    Raises:
+        DataError: the sample is too long, and of an adopted model, whose own processor is given whole chats.
     """
     if len(sample) <= limit:
         return sample
+    if not isinstance(sample, EncodedSample):
+        raise DataError(
+            f"{sample.key}: {len(sample)} tokens, more than the {limit} that fit; the chats of an adopted model cannot "
+            "be cut: set stream.too_long to drop, or make room"
+        )
     modality, segment = sample.table[0], sample.table[2]
     cut = limit
     if modality[cut] != Modality.TEXT:

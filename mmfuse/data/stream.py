@@ -171,32 +171,35 @@ class Encoding:
         """The rows of a window, and counts of what did not go into them as it was."""
         counts: Counter[str] = Counter()
         kept = [drawn for draw in draws if (drawn := self._encoded(draw, counts)) is not None]
+        if self.settings.window_is_batch:
+            return [[drawn] for drawn in kept], counts
         lengths = [len(drawn.encoded) for drawn in kept]
         order = (self.seed, number_of("rows", stage, window))
         if self.settings.pack_to is not None:
             packed = pack(lengths, self.settings.pack_to)
             return [[kept[one] for one in packed[row]] for row in permutation(order, len(packed)).tolist()], counts
-        numbers = list(range(len(kept)))
-        if self.settings.bucket:
-            size = self.batch_size
-            numbers.sort(key=lambda one: (lengths[one], one))
-            batches = [numbers[at : at + size] for at in range(0, len(numbers) // size * size, size)]
-            rest = numbers[len(batches) * size :]
-            numbers = [one for batch in permutation(order, len(batches)).tolist() for one in batches[batch]] + rest
+        size = self.batch_size
+        numbers = sorted(range(len(kept)), key=lambda one: (lengths[one], one))
+        batches = [numbers[at : at + size] for at in range(0, len(numbers) // size * size, size)]
+        rest = numbers[len(batches) * size :]
+        numbers = [one for batch in permutation(order, len(batches)).tolist() for one in batches[batch]] + rest
         return [[kept[one]] for one in numbers], counts
 
     def _encoded(self, draw: Draw, counts: Counter[str]) -> Drawn | None:
         source = self.sources[draw.source]
         key = source.key(draw.sample)
-        encoded = self.quarantine.attempt(
-            draw.source,
-            key,
-            lambda: encode_sample(retried(lambda: source.read(draw.sample), key), self.processor.encoder),
-        )
+        limit = self.settings.limit
+
+        def encode() -> EncodedSample:
+            made = encode_sample(retried(lambda: source.read(draw.sample), key), self.processor.encoder)
+            if not self.settings.window_is_batch or limit is not None:
+                len(made)  # an adopted model's processor needs the sizes of images for it, and they may be damaged
+            return made
+
+        encoded = self.quarantine.attempt(draw.source, key, encode)
         if encoded is None:
             counts[f"bad/{draw.source}"] += 1
             return None
-        limit = self.settings.limit
         if limit is None or len(encoded) <= limit:
             return Drawn(draw, self._kept(encoded))
         if self.settings.too_long == "error":
@@ -204,8 +207,8 @@ class Encoding:
                 f"{encoded.key}: {len(encoded)} tokens, more than the {limit} that fit; see stream.too_long and "
                 "`mmfuse data lint`"
             )
-        short = truncate(encoded, limit)
-        if self.settings.too_long == "drop" or not is_supervised(short):
+        short = truncate(encoded, limit) if self.settings.too_long == "truncate" else None
+        if short is None or not is_supervised(short):
             counts[f"dropped/{draw.source}"] += 1
             return None
         counts[f"truncated/{draw.source}"] += 1
@@ -213,7 +216,7 @@ class Encoding:
 
     def _kept(self, sample: EncodedSample) -> EncodedSample:
         """As small as can be where a lane keeps it until its row is due: 12 bytes a token."""
-        if self.settings.window_is_batch:
+        if self.settings.window_is_batch or not isinstance(sample, EncodedSample):
             return sample
         return replace(sample, input_ids=sample.input_ids.astype(np.int32), table=sample.table.astype(np.int16))
 

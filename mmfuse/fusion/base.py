@@ -8,7 +8,7 @@ Shapes: `B` samples, `S` slots, `M` media tokens, `D` hidden size, `Hkv` key hea
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
@@ -72,11 +72,14 @@ class MediaSource:
         features: for each modality the encoder's output `[N, V, De]`, before the connector.
         modality: `[B, M]`, the `Modality` of each media token.
         place: `[B, M]`, which token of its modality it is, counted over the batch in reading order.
+        arrange: for modalities whose tokens do not come out of the connector in reading order: from what it gives to
+            `[T, D]`.
     """
 
     features: Mapping[str, Tensor]
     modality: Tensor
     place: Tensor
+    arrange: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def through(self, project: Callable[[str, Tensor], Tensor]) -> Tensor:
         """`[B, M, D]` of the features after `project(modality, [N, V, De]) -> [N, V', D]`, laid out as the media are.
@@ -85,7 +88,9 @@ class MediaSource:
         """
         state: Tensor | None = None
         for name, features in self.features.items():
-            tokens = project(name, features).flatten(0, 1)
+            projected = project(name, features)
+            arrange = self.arrange.get(name)
+            tokens = projected.flatten(0, 1) if arrange is None else arrange(projected)
             laid = tokens[self.place.clamp(max=len(tokens) - 1)]
             here = (self.modality == Modality[name.upper()]).unsqueeze(-1)
             state = torch.where(here, laid, torch.zeros_like(laid) if state is None else state)

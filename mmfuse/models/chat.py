@@ -21,6 +21,7 @@ from mmfuse.models.media import MEDIA
 from mmfuse.sequence import Modality, Role
 
 Message = Mapping[str, Any]
+ROLES = ("system", "user", "assistant")
 #: By modality, each in reading order.
 Media = Mapping[str, Sequence[Any]]
 

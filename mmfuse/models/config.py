@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -67,20 +67,28 @@ def decoder_config(spec: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedConf
     if isinstance(spec, PreTrainedConfig):
         if spec.model_type not in DECODER_FAMILIES:
             raise ConfigError(unknown("decoder family", spec.model_type, DECODER_FAMILIES))
-        return _computable(spec)
+        return check_computable(spec)
     settings = dict(spec)
     family = settings.pop("model_type", None)
     if family not in DECODER_FAMILIES:
         raise ConfigError(unknown("decoder family (model_type)", family, DECODER_FAMILIES))
     config_class = CONFIG_MAPPING[family]
     check_keys(f"decoder {family!r}", settings, known_keys(config_class))
-    return _computable(config_class(**settings))
+    return check_computable(config_class(**settings))
 
 
-def _computable(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Refuse what the decoder's own model would read from its config and our loop would not."""
+def check_computable(config: PreTrainedConfig, computed: Sequence[str] = ()) -> PreTrainedConfig:
+    """The config, unless the decoder's own model would read from it what our loop would not.
+
+    Args:
+        config: of a decoder.
+        computed: settings that a fusion strategy stands for.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
     for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
-        if getattr(config, name, None):
+        if getattr(config, name, None) and name not in computed:
             raise ConfigError(f"decoder {config.model_type!r}: {name} is set, which mmfuse does not compute")
     return config
 

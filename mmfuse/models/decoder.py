@@ -9,12 +9,13 @@ Shapes: `B` samples, `S` tokens of this call, `D` hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig
 
 from mmfuse.fusion.base import Fusion, MediaPath, base_visibility
 from mmfuse.kernels import attend
@@ -27,12 +28,13 @@ from mmfuse.sequence import TokenMap
 
 
 def run_decoder(
-    decoder: PreTrainedModel,
+    decoder: Any,
     embeds: Tensor,
     tokens: TokenMap,
     fusion: Fusion,
     *,
     features: Mapping[str, Tensor] | None = None,
+    arrange: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
     cache: Cache | None = None,
     attention_backend: str = "auto",
     attention: AttentionFunction = attend,
@@ -41,11 +43,13 @@ def run_decoder(
     """Run the decoder's layers and final norm.
 
     Args:
-        decoder: a Hugging Face causal LM built with `attn_implementation="mmfuse"`.
+        decoder: a Hugging Face causal LM built with `attn_implementation="mmfuse"`, or what holds its `model` and
+            `config`.
         embeds: `[B, S, D]`, the tokens that are new in this call, media as their connectors made them.
         tokens: the map of all tokens, cached ones first: `[B, cached + S]`.
         fusion: who sees whom, and how media go through the layers.
         features: for each modality what its encoder gave for the new media, `[N, V, De]`.
+        arrange: for each modality whose connector does not give tokens in reading order, see `MediaSource`.
         cache: keys and values of earlier calls, made by `new_cache`; extended in place.
         attention_backend: a backend of `attend`.
         attention: stands in for `attend`, as the profiler's does, which counts.
@@ -69,7 +73,8 @@ def run_decoder(
         fusion.check_cached(tokens, cached)
     parts = PARTS[decoder.config.model_type]
     attention = partial(attention, backend=attention_backend)
-    run = Pass(decoder.model, embeds, tokens, cached, fusion, cache, attention, record, dict(features or {}))
+    media = dict(features or {}), dict(arrange or {})
+    run = Pass(decoder.model, embeds, tokens, cached, fusion, cache, attention, record, *media)
     if fusion.media_path is MediaPath.ASIDE:
         return AsideLayers(run, parts)()
     return _run_in_sequence(run, parts)
@@ -111,7 +116,7 @@ class _Rows:
         mass = fusion.softmax_mass(tokens)
         self._mass = None if mass is None else mass[:, run.cached :]
         self.positions = run.new.position
-        self.rotary = run.rotary(self.positions)
+        self.rotary = run.rotary(self.positions, run.new.grid)
 
     def request(self, index: int) -> Request:
         run = self._run

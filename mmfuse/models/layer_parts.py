@@ -18,7 +18,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 class LayerParts:
-    """A layer as in Llama, Mistral and Qwen2.
+    """A layer as in Llama, Mistral, Qwen2 and Gemma.
 
     Args:
         layer: a decoder layer.
@@ -122,6 +122,10 @@ PARTS: dict[str, type[LayerParts]] = {
     "phi3": Phi3Parts,
     "smollm3": SmolLM3Parts,
     "gemma3_text": Gemma3Parts,
+    # Decoders of vision-language models alone.
+    "gemma": LayerParts,
+    "qwen2_vl_text": LayerParts,
+    "qwen2_5_vl_text": LayerParts,
 }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from mmfuse.errors import ConfigError
@@ -21,7 +22,10 @@ from mmfuse.models.decoder import new_cache, run_decoder, supervised_rows
 from mmfuse.models.encoders import Encoder, build_encoder
 from mmfuse.models.generation import MultimodalGenerationMixin
 from mmfuse.models.media import MEDIA
-from mmfuse.sequence import Modality, Role, TokenMap
+from mmfuse.sequence import Modality, TokenMap
+
+if TYPE_CHECKING:
+    from mmfuse.models.adopt import AdoptedLM
 
 
 @dataclass
@@ -49,10 +53,12 @@ class Embedded:
         embeds: `[B, S, D]`, with the connectors' tokens in the media slots.
         features: by modality `[N, V, De]`, what each encoder that was run gave to its connector; of the blank medium
             too that stands in for a modality without media in training.
+        arrange: see `MediaSource`.
     """
 
     embeds: Tensor
     features: dict[str, Tensor]
+    arrange: dict[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
 
 class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
@@ -95,8 +101,45 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         self.fusion.start_from(dict(self.connectors.items()))
         # Each part was initialised by its own library; the flag keeps post_init from doing it again in its own way.
         for part in (self.encoders, self.connectors, self.fusion):
-            _mark_initialised(part)
+            mark_initialised(part)
         self.post_init()
+
+    @classmethod
+    def from_vlm(
+        cls,
+        vlm: str | PathLike[str] | PreTrainedModel,
+        fusion: str | Mapping[str, Any] = "native",
+        attention_backend: str = "auto",
+        **loading: Any,
+    ) -> AdoptedLM:
+        """Adopt a Hugging Face vision-language model: its own tower, projector, decoder and head under our layer loop.
+
+        Args:
+            vlm: a folder or hub name, or a model. A model is copied and works on as before; a folder costs no copy.
+            fusion: `native` computes what the model itself does; or a strategy by name or spec.
+            attention_backend: a backend of `mmfuse.kernels.attend`.
+            **loading: with a folder, what `from_pretrained` takes beside it, such as `dtype` or `quantization_config`.
+
+        Returns:
+            A model that takes what the model's own processor gives, in the mode (training or not) that it was in.
+
+        Raises:
+            ConfigError: an architecture that mmfuse does not know; the message says which it knows and how to add one.
+        """
+        from mmfuse.models.adopt import adopt
+
+        return adopt(vlm, fusion, attention_backend, **loading)
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Hugging Face's `from_pretrained`, for adopted models too."""
+        from mmfuse.models.adopt import AdoptedConfig, AdoptedLM
+
+        if cls is MultimodalLM and folder is not None and "config" not in kwargs:
+            saved, _ = PreTrainedConfig.get_config_dict(folder, **kwargs)
+            if saved.get("model_type") == AdoptedConfig.model_type:
+                return AdoptedLM.from_pretrained(folder, *args, **kwargs)
+        return super().from_pretrained(folder, *args, **kwargs)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called for what a checkpoint did not bring: parameters that are new, and buffers that are never saved."""
@@ -118,6 +161,10 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         """How many tokens of the decoder one medium becomes."""
         encoder, connector = cast(Encoder, self.encoders[modality]), cast(Connector, self.connectors[modality])
         return connector.num_tokens(encoder.num_tokens)
+
+    def input_shape(self, modality: str = "image") -> tuple[int, ...]:
+        """The shape of one medium's inputs, such as `(3, H, W)`."""
+        return cast(Encoder, self.encoders[modality]).input_shape
 
     def parts(self) -> dict[str, nn.Module]:
         """The named parts whose parameters training freezes, tunes and counts apart."""
@@ -179,11 +226,6 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
             if past_key_values is not None and past_key_values.get_seq_length():
                 raise ValueError("with a filled cache, `tokens` must describe the cached tokens and the new ones")
             tokens = self.token_map(input_ids, attention_mask)
-        strategy = self.fusion if fusion is None else fusion
-        if labels is not None:
-            strategy.check_labels(tokens, labels)
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache(strategy)
         media = self.media_inputs(
             {
                 "pixel_values": pixel_values,
@@ -192,13 +234,44 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
                 "eeg_features": eeg_features,
             }
         )
-        embedded = self._embed(input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), media)
+        return self._decode(
+            self._embed(input_ids, tokens.columns(len(tokens) - input_ids.shape[1]), media),
+            tokens,
+            fusion=fusion,
+            labels=labels,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            return_logits=return_logits,
+            record=record,
+        )
+
+    def _decode(
+        self,
+        embedded: Embedded,
+        tokens: TokenMap,
+        *,
+        fusion: Fusion | None,
+        labels: Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+        logits_to_keep: int,
+        return_logits: bool,
+        record: Recorder | None,
+    ) -> MultimodalOutput:
+        """The decoder over what was embedded; arguments as in `forward`."""
+        strategy = self.fusion if fusion is None else fusion
+        if labels is not None:
+            strategy.check_labels(tokens, labels)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache(strategy)
         hidden = run_decoder(
             self.decoder,
             embedded.embeds,
             tokens,
             strategy,
             features=embedded.features,
+            arrange=embedded.arrange,
             cache=past_key_values,
             attention_backend=self.config.attention_backend,
             record=record,
@@ -214,23 +287,17 @@ class MultimodalLM(PreTrainedModel, MultimodalGenerationMixin):
         """An empty cache that `past_key_values` takes, for the model's own strategy or another."""
         return new_cache(self.fusion if fusion is None else fusion, self.config.text_config)
 
+    def prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch of the model's processor with its `tokens`, as `forward` takes it."""
+        return dict(batch)
+
     def token_map(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> TokenMap:
         """A map of `input_ids [B, S]` by placeholder ids alone: one document a row, all text prompt, one turn."""
         live = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         modality = torch.zeros_like(input_ids)
         for name, token_id in self.config.media_token_ids.items():
             modality = modality.masked_fill(input_ids == token_id, Modality[name.upper()])
-        modality = modality * live
-        boundary = torch.ones_like(input_ids)
-        boundary[:, 1:] = (modality[:, 1:] != modality[:, :-1]).long()
-        return TokenMap(
-            modality=modality,
-            role=live * Role.PROMPT,
-            segment=torch.where(live > 0, (boundary * live).cumsum(1) - 1, -1),
-            turn=live - 1,
-            document=live - 1,
-            position=((live.cumsum(1) - 1) * live),
-        )
+        return TokenMap.from_columns(modality * live, live > 0)
 
     def media_inputs(self, given: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The inputs that are there, by modality instead of keyword.
@@ -302,7 +369,7 @@ def _input_name(modality: str, encoder: Encoder) -> str:
     return name
 
 
-def _mark_initialised(module: nn.Module) -> None:
+def mark_initialised(module: nn.Module) -> None:
     """Keep transformers from initialising `module` again; on the meta device there is nothing to keep."""
     if any(parameter.is_meta for parameter in module.parameters()):
         return

@@ -31,6 +31,7 @@ class Pass:
         attention: `attend` with the backend that was asked for, or what stands in for it.
         record: is given each layer's attention weights.
         features: for each modality what its encoder gave for the new media `[N, V, De]`.
+        arrange: see `MediaSource`.
     """
 
     base: PreTrainedModel
@@ -42,6 +43,7 @@ class Pass:
     attention: AttentionFunction
     record: Recorder | None
     features: dict[str, Tensor]
+    arrange: dict[str, Callable[[Tensor], Tensor]]
 
     @cached_property
     def new(self) -> TokenMap:
@@ -65,11 +67,17 @@ class Pass:
             mine = self.new.modality == modality
             place[mine] = (mine.flatten().cumsum(0) - 1).reshape(place.shape)[mine]
         at = media_index.clamp(min=0)
-        return MediaSource(self.features, self.new.modality.gather(1, at), place.gather(1, at))
+        return MediaSource(self.features, self.new.modality.gather(1, at), place.gather(1, at), self.arrange)
 
-    def rotary(self, position_ids: Tensor) -> Callable[[int], Rotary]:
-        """The rotary embedding of each layer; Gemma 3 has one for each of its layer types, the others one for all."""
+    def rotary(self, position_ids: Tensor, grid: Tensor | None = None) -> Callable[[int], Rotary]:
+        """The rotary embedding of each layer at `position_ids [B, N]`.
+
+        Gemma 3 has one for each of its layer types, the others one for all. Decoders with three axes (M-RoPE) add
+        the `grid [B, N, 3]` of media to the position; without it all axes agree.
+        """
         module = cast(nn.Module, self.base.rotary_emb)
+        if grid is not None and hasattr(module, "mrope_section"):
+            position_ids = (position_ids.unsqueeze(-1) + grid).movedim(-1, 0)
         if "layer_type" not in inspect.signature(module.forward).parameters:
             shared = module(self.embeds, position_ids)
             return lambda _: shared

@@ -35,7 +35,7 @@ class TextStream:
         self._order = _order(tokens.is_media, tokens.is_pad, self._text.shape[1])
         self._visibility = run.fusion.visibility(run.tokens).rows(run.cached).select(self._text)
         self._source = run.source(self._media)
-        self._rotary = run.rotary(tokens.position)
+        self._rotary = run.rotary(tokens.position, tokens.grid)
         self._positions = tokens.position.gather(1, self._text.clamp(min=0))
 
     def split(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

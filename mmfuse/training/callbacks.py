@@ -226,6 +226,8 @@ def summary_table(module: MultimodalModule) -> Table:
     table = Table(title=f"fusion: {type(module.network.fusion).__name__}", title_justify="left")
     table.add_column("part")
     table.add_column("parameters", justify="right")
+    if module.adapter is not None:
+        table.add_column(f"{module.adapter.kind}, rank {module.adapter.r}\ntrainable", justify="right")
     for stage in module.schedule.stages:
         table.add_column(f"{stage.name}\n{stage.steps} steps, {stage.fusion or 'own'} fusion", justify="right")
     for part, network in module.network.parts().items():
@@ -234,5 +236,8 @@ def summary_table(module: MultimodalModule) -> Table:
             f"lr {stage.lr[part]:g}" if stage.trains(part) else "frozen" if count else "–"
             for stage in module.schedule.stages
         ]
+        if module.adapter is not None:
+            trainable = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+            cells = [f"{trainable:,}", *cells]
         table.add_row(part, f"{count:,}", *(cell if count else "–" for cell in cells))
     return table

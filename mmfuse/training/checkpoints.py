@@ -192,12 +192,20 @@ def _whole(run: Path, names: list[str]) -> str:
     return "no other checkpoint of the run is whole"
 
 
-def load_network_weights(path: Path, module: torch.nn.Module) -> None:
-    """Load the weights of a checkpoint into a `MultimodalModule`: of a file or a sharded one, on one rank or on all."""
+def load_network_weights(path: Path, module: LightningModule) -> None:
+    """Load the weights of a checkpoint into a `MultimodalModule`, or what it trains of them.
+
+    The checkpoint is a file or sharded, the module on one rank or cut over all.
+
+    Raises:
+        ConfigError: it does not belong to this model.
+    """
     state = module.state_dict()
     if path.is_dir():
         load_tensors({WEIGHT + name: tensor for name, tensor in state.items()}, path)
     elif any(isinstance(tensor, DTensor) for tensor in state.values()):
         fill(state, read_checkpoint(path, map_location="cpu", mmap=True)["state_dict"], path)
     else:
-        module.load_state_dict(read_checkpoint(path, map_location="cpu")["state_dict"])
+        checkpoint = read_checkpoint(path, map_location="cpu")
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], strict=module.strict_loading)

@@ -77,18 +77,19 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def model_folder(path: Path) -> Path:
-    """The folder of a saved model: `path` itself, or `model` in a run folder.
+    """The folder of a saved model or adapter: `path` itself, or `model` or `adapter` in a run folder.
 
     Raises:
         FileNotFoundError: neither holds a model.
     """
-    for folder in (path / "model", path):
-        if (folder / "config.json").is_file():
+    for folder in (path / "model", path / "adapter", path):
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     if not path.exists():
         raise FileNotFoundError(f"--ckpt {path}: there is no such folder")
     raise FileNotFoundError(
-        f"--ckpt {path}: neither {path / 'model'} nor {path} holds a model (config.json); a run has one when it is done"
+        f"--ckpt {path}: neither {path / 'model'} nor {path} holds a model (config.json), and there is no adapter; a "
+        "run has one when it is done"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -21,6 +21,7 @@ from mmfuse.data.stream import BatchStream, Encoding, StreamSettings
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.fusion import IGNORED_LABEL
 from mmfuse.models import MultimodalProcessor
+from mmfuse.models.adopt.processor import AdoptedProcessor
 from mmfuse.paths import cache_directory
 from mmfuse.training.stages import Stage
 
@@ -144,8 +145,8 @@ class MultimodalData(LightningDataModule):
     def processor(self) -> MultimodalProcessor:
         assert self.trainer is not None
         processor = self.trainer.lightning_module.processor
-        assert isinstance(processor, MultimodalProcessor)
-        return processor
+        assert isinstance(processor, MultimodalProcessor | AdoptedProcessor)
+        return cast(MultimodalProcessor, processor)
 
     def setup(self, stage: str | None = None) -> None:
         wanted: dict[str, SourceSpec | None] = dict(self.held_out)

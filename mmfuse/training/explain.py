@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -59,7 +60,9 @@ def first_batch(module: MultimodalModule, data: MultimodalData, stage: int) -> d
     """The first training batch of a stage, as the fit will see it."""
     plan = data.plan()
     stream = BatchStream(plan, data.encoding(module.processor), start=plan.starts[stage])
-    return next(iter(StreamLoader(stream)))
+    batch = next(iter(StreamLoader(stream)))
+    with torch.no_grad():
+        return module.network.prepared(batch)
 
 
 def batch_table(batch: dict[str, Any]) -> Table:

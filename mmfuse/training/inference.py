@@ -14,16 +14,30 @@ from mmfuse.data.sources.files import read_whole
 from mmfuse.data.sources.undecoded import Undecoded
 from mmfuse.errors import ConfigError
 from mmfuse.models import MultimodalLM, MultimodalProcessor
+from mmfuse.models.build import load_processor
 from mmfuse.models.media import MEDIA
 
 
 def load_model(folder: Path) -> tuple[MultimodalLM, MultimodalProcessor]:
-    """A model in evaluation mode, on a GPU if there is one, and its processor."""
+    """A model in evaluation mode, on a GPU if there is one, and its processor.
+
+    Args:
+        folder: a saved model, or an adapter with the config of its run in the same folder or the one above.
+
+    Raises:
+        ConfigError: an adapter that does not fit its model.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     logging.disable_progress_bar()
+    if (folder / "adapter_config.json").is_file():
+        from mmfuse.training.export import CONFIG, tuned_module
+
+        config = folder / CONFIG if (folder / CONFIG).is_file() else folder.parent / CONFIG
+        module = tuned_module(folder, config).to(device)
+        return module.network, module.processor
     model: MultimodalLM = MultimodalLM.from_pretrained(folder)
     model.to(device)  # type: ignore[arg-type]
-    return model.eval(), MultimodalProcessor.from_pretrained(folder)
+    return model.eval(), load_processor(model, folder)
 
 
 def answer(

@@ -25,6 +25,15 @@ from mmfuse.fusion.base import base_visibility
 from mmfuse.kernels import Call, check_backend
 from mmfuse.models import NetworkSpec, build_network
 from mmfuse.models.decoder import supervised_rows
+from mmfuse.models.lora import (
+    AdapterPlan,
+    AdapterSpec,
+    attach_adapter,
+    base_fingerprint,
+    check_trained_state,
+    plan_adapter,
+    trained_state,
+)
 from mmfuse.sequence import Modality, TokenMap
 from mmfuse.training.guard import StepSamples, gradients_are_finite, non_finite, refuse_non_finite_weights
 from mmfuse.training.sharding import shard_network
@@ -79,6 +88,8 @@ class MultimodalModule(LightningModule):
         ema_decay: keep an exponential moving average of the weights with this decay, validate and save it.
         gradient_checkpointing: recompute the decoder's activations in the backward pass.
         max_new_tokens: the longest answer in `test` and `predict`.
+        adapter: tune the parts that it names by an adapter (LoRA and its kin) instead of in full. Checkpoints then hold
+            what trains, and a mark of the weights that it stands on.
     """
 
     def __init__(
@@ -90,18 +101,30 @@ class MultimodalModule(LightningModule):
         ema_decay: float | None = None,
         gradient_checkpointing: bool = False,
         max_new_tokens: int = 32,
+        adapter: AdapterSpec | None = None,
     ) -> None:
         super().__init__()
         if ema_decay is not None and not 0 < ema_decay < 1:
             raise ConfigError(f"model.ema_decay must lie between 0 and 1, got {ema_decay}")
+        if ema_decay is not None and adapter is not None:
+            raise ConfigError("model.ema_decay averages all weights, and model.adapter keeps most of them: drop one")
         self.schedule = Schedule(stages)
         self.stage_fusions = [_stage_fusion(stage) for stage in stages]
         self.optimizer_spec = optimizer
         self.ema_decay = ema_decay
         self.max_new_tokens = max_new_tokens
+        #: The whole model that this one begins as, if it is one.
+        self.pretrained: str | None = (network.vlm or {}).get("pretrained")
         self.network, self.processor = build_network(network, _load_tokenizer(tokenizer))
         for part, module in self.network.parts().items():
             module.requires_grad_(part in self.schedule.trained_parts())
+        self.adapter = adapter
+        self.plan: AdapterPlan | None = None
+        if adapter is not None:
+            self.plan = plan_adapter(self.network, adapter, self.schedule.trained_parts())
+            self.base = base_fingerprint(self.network, self.plan)
+            attach_adapter(self.network, adapter, self.plan)
+            self.strict_loading = False  # what stays is not in the checkpoint; `on_load_checkpoint` is as strict
         if "fusion" not in self.schedule.trained_parts() and any(True for _ in self.network.fusion.parameters()):
             warnings.warn(
                 f"{type(self.network.fusion).__name__} has parameters of its own and no stage tunes them: give "
@@ -133,6 +156,8 @@ class MultimodalModule(LightningModule):
         if self.device_mesh is not None:
             if self.ema_decay is not None:
                 raise ConfigError("model.ema_decay needs whole weights on every rank; trainer.strategy fsdp2 has none")
+            if self.plan is not None:
+                raise ConfigError("model.adapter is not tuned under trainer.strategy fsdp2 yet: use ddp")
             shard_network(self.network, self.device_mesh["data_parallel"])
 
     def configure_callbacks(self) -> list[Callback]:
@@ -153,7 +178,35 @@ class MultimodalModule(LightningModule):
         scheduler = {"scheduler": LambdaLR(optimizer, rates), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    # Checkpoints of an adapter
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_non_finite_weights(self.trainer, self.network)
+        if self.plan is not None:
+            checkpoint["state_dict"] = trained_state(self, checkpoint["state_dict"])
+            checkpoint["base"] = self.base
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.plan is None:
+            if "base" in checkpoint:
+                raise ConfigError("the checkpoint is of an adapter, and the config has no model.adapter")
+            return
+        check_trained_state("checkpoint", self, checkpoint["state_dict"])
+        if checkpoint.get("base") != self.base:
+            raise ConfigError(
+                "the adapter in the checkpoint was trained on other weights than those that the config loads; on these "
+                "it means nothing"
+            )
+
     # Training
+
+    def on_fit_start(self) -> None:
+        in_half = self.adapter is not None and self.adapter.base_dtype == "bfloat16"
+        precision = str(self.trainer.precision)
+        if in_half and precision not in ("bf16-mixed", "bf16-true"):
+            raise ConfigError(
+                f"model.adapter.base_dtype is bfloat16; set trainer.precision to bf16-mixed (it is {precision})"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         index, stage, step = self.schedule.at(self.global_step)
@@ -165,10 +218,10 @@ class MultimodalModule(LightningModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The *sum* of the loss over the supervised tokens; `on_before_optimizer_step` divides by their number."""
         index, _, _ = self.schedule.at(self.global_step)
-        inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
+        inputs = self._inputs(batch)
         output = self.network(**inputs, return_logits=False, fusion=self.stage_fusions[index])
         total = output.loss * output.supervised
-        tokens = batch["tokens"]
+        tokens = inputs["tokens"]
         counts = torch.bincount(tokens.modality[~tokens.is_pad], minlength=len(MODALITIES))
         step = torch.cat([torch.stack([total.detach(), output.supervised]), counts]).to(self._sums)
         self._sums = self._sums + step
@@ -200,8 +253,9 @@ class MultimodalModule(LightningModule):
         tokens = {name: int(count) for name, count in zip(MODALITIES, sums[2:].tolist(), strict=True)}
         self.last_step = StepTotals(mean, supervised, tokens)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        refuse_non_finite_weights(self.trainer, self.network)
+    def _inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """What the network takes of a batch."""
+        return self.network.prepared({name: value for name, value in batch.items() if name not in NO_INPUTS})
 
     def _all_reduce(self, sums: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum").cpu()
@@ -212,9 +266,9 @@ class MultimodalModule(LightningModule):
         self._validated = torch.zeros_like(self._validated)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        inputs = {name: value for name, value in batch.items() if name != "keys"}
+        inputs = self._inputs(batch)
         output = self.network(**inputs)
-        rows, targets = supervised_rows(batch["tokens"], batch["labels"], IGNORED_LABEL)
+        rows, targets = supervised_rows(inputs["tokens"], batch["labels"], IGNORED_LABEL)
         wrong = torch.zeros_like(rows)
         wrong[rows] = output.logits[rows].argmax(-1) != targets
         right = (~wrong.any(1)).sum()

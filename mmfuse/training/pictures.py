@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from mmfuse.analysis.attention import attention_examples, visual_grid
@@ -77,12 +78,19 @@ def answer_pictures(
         caption = "What the row that predicts each answer token attends to in the image, averaged over heads."
         pictures.append(Picture("Attention to the image", caption, plots / "attention.png"))
     encoded = encode_sample(source[shown[0]], module.processor.encoder)
-    tokens = module.processor.collate([encoded])["tokens"]
-    assert isinstance(tokens, TokenMap)
+    tokens = _tokens(module, module.processor.collate([encoded]))
     module.network.fusion.visibility(tokens).plot(plots / "mask.png")
     caption = f"Who attends to whom in one held-out question under {fusion}: rows see columns."
     pictures.append(Picture("Mask", caption, plots / "mask.png"))
     return pictures
+
+
+def _tokens(module: MultimodalModule, batch: Mapping[str, Any]) -> TokenMap:
+    """The map of a batch, on the CPU."""
+    inputs = {name: value.to(module.device) for name, value in batch.items()}
+    with torch.no_grad():
+        tokens: TokenMap = module.network.prepared(inputs)["tokens"]
+    return tokens.to("cpu")
 
 
 def _has_grid(module: MultimodalModule) -> bool:

@@ -75,7 +75,10 @@ def _parser() -> StrictParser:
 
 def network_spec(words: Sequence[str]) -> NetworkSpec:
     """The network of a config, checked as strictly as `fit` checks it."""
-    return NetworkSpec(**resolved_settings(words)["model"]["network"])
+    spec = NetworkSpec(**resolved_settings(words)["model"]["network"])
+    if spec.vlm is not None:
+        raise ConfigError("profile counts models that a config builds from parts; this one is adopted (network.vlm)")
+    return spec if spec.fusion is not None else replace(spec, fusion="causal")
 
 
 def fusions(asked: str | None, spec: NetworkSpec) -> dict[str, str | dict[str, Any]]:
@@ -84,6 +87,7 @@ def fusions(asked: str | None, spec: NetworkSpec) -> dict[str, str | dict[str, A
     Raises:
         ConfigError: a name that no strategy has.
     """
+    assert spec.fusion is not None
     own = spec.fusion if isinstance(spec.fusion, str) else str(spec.fusion.get("type"))
     names = list(dict.fromkeys([BASELINE, own, *FUSIONS])) if asked is None else [n.strip() for n in asked.split(",")]
     for name in names:

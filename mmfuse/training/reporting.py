@@ -23,12 +23,14 @@ from mmfuse.eval.questions import Prediction
 from mmfuse.eval.report import write_report
 from mmfuse.eval.results import provenance, write_results, write_text_atomically
 from mmfuse.eval.scores import score
+from mmfuse.models.adapter_files import save_adapter
 from mmfuse.training.callbacks import StepMetrics
 from mmfuse.training.data import MultimodalData
 from mmfuse.training.module import MultimodalModule
 from mmfuse.training.pictures import answer_pictures, training_pictures
 
 RESULTS, REPORT, PREDICTIONS, MODEL = "results.json", "report.html", "predictions.jsonl", "model"
+ADAPTER = "adapter"
 
 #: What only a fit measures, and a later `test` of the same run keeps.
 TRAINING_RESULTS = ("tokens_per_second", "steps", "seconds", "data_hash", "val_loss", "val_exact_match")
@@ -186,14 +188,20 @@ def _measured_in_training(folder: Path) -> dict[str, Any]:
 def export_model(folder: Path, module: MultimodalModule, weights: dict[str, Tensor] | None = None) -> Path:
     """Save network and processor as Hugging Face does, which is what `mmfuse generate` and `from_pretrained` read.
 
+    Of a model with an adapter, what trains is saved alone, in PEFT's format.
+
     Args:
         folder: of the run.
         module: the model.
         weights: its whole weights, if it does not hold them itself.
     """
-    target, scratch = folder / MODEL, folder / f".{MODEL}.tmp"
+    name = MODEL if module.plan is None else ADAPTER
+    target, scratch = folder / name, folder / f".{name}.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
-    module.network.save_pretrained(scratch, state_dict=weights)
+    if module.plan is None:
+        module.network.save_pretrained(scratch, state_dict=weights)
+    else:
+        save_adapter(module.network, scratch, module.plan, module.pretrained)
     module.processor.save_pretrained(scratch)
     shutil.rmtree(target, ignore_errors=True)
     scratch.rename(target)

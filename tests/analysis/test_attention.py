@@ -167,3 +167,8 @@ def test_examples_of_what_the_model_said(network):
     open_end = chat("<image>\nIs there a 3?", images=(image,), key="open-1")
     with pytest.raises(ValueError, match="open-1: the sample ends with no answer"):
         attention_examples(*network, [open_end], answers=["yes"])
+
+
+def test_an_adopted_model_has_no_known_grid() -> None:
+    with pytest.raises(ValueError, match="an adopted model's tokens lie in the image is not known"):
+        visual_grid(tiny_model(family="llava"))

@@ -39,6 +39,8 @@ TWO_TURNS: Layout = [
 IMAGE_AUDIO: Layout = [("text", 2), ("image", 4), ("audio", 3), ("text", 3), ("answer", 3)]
 AUDIO_FIRST: Layout = [("text", 1), ("audio", 3), ("text", 2), ("image", 4), ("text", 2), ("answer", 3)]
 MEDIA_AFTER_TEXT: Layout = [("text", 4), ("image", 4), ("answer", 3)]
+#: A vision-language model of Hugging Face that `MultimodalLM.from_vlm` adopts.
+ADOPTED = "llava"
 RAGGED = [ONE_IMAGE, TEXT_ONLY, TWO_TURNS]
 
 
@@ -98,6 +100,10 @@ def design() -> list[Case]:
         for name, backend in product(ARRANGEMENTS, ("rectangles", "flex")):
             cases.append(Case(fusion, "llama", 2, name, backend))
         cases += [Case(fusion, "llama", 2, "ragged_left", backend) for backend in INTERPRETED]
+    images = [name for name, arrangement in ARRANGEMENTS.items() if arrangement.modalities == ("image",)]
+    cases += [
+        Case(fusion, ADOPTED, next(heads), name, "auto") for fusion in ("mma", "naavit", "saisa") for name in images
+    ]
     return cases
 
 
@@ -139,7 +145,7 @@ def fusion(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=[*FAMILIES, ADOPTED])
 def family(request: pytest.FixtureRequest) -> str:
     return request.param
 

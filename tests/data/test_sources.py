@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mmfuse.data import open_source
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.data.sources import expand_braces
 from mmfuse.data.sources.files import MAX_OPEN
+from mmfuse.data.sources.undecoded import Undecoded
+from mmfuse.errors import DataError
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
 
@@ -253,3 +255,15 @@ def test_reading_is_quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         source[index]
     assert indexed - begin < 1.5
     assert time.perf_counter() - indexed < 0.00025 * 2000
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_of_an_image_is_known_before_it_is_decoded(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    file = io.BytesIO()
+    Image.new("RGB", (5, 3)).save(file, "JPEG", exif=exif)
+    image = Undecoded(file.getvalue, "jpg", "a.jpg")
+    assert image.size == image.decode().size == ((5, 3) if orientation < 5 else (3, 5))
+    with pytest.raises(DataError, match=r"b\.jpg: cannot read this image"):
+        _ = Undecoded(lambda: b"no image", "jpg", "b.jpg").size

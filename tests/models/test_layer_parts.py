@@ -19,6 +19,8 @@ from mmfuse.sequence import TokenMap
 from mmfuse.testing import FAMILIES, tiny_model
 
 LENGTH = 5
+#: Adopted models whose decoders are of families that stand in no text model here.
+ADOPTED = ("paligemma", "qwen2_vl", "qwen2_5_vl")
 
 
 class Captured(Cache):
@@ -61,7 +63,8 @@ def self_only() -> Visibility:
     return Visibility(axis_of(tokens), axis_of(tokens), {(MEDIA, MEDIA): (Condition.SELF,)}, CLASSES)
 
 
-def check(base: Any, family: str) -> None:
+def check(base: Any) -> None:
+    family = base.config.model_type
     hidden = torch.randn(2, LENGTH, 32)
     positions = torch.arange(LENGTH).expand(2, -1) + 3
     for index, layer in enumerate(base.layers):
@@ -75,30 +78,34 @@ def check(base: Any, family: str) -> None:
 
 
 def test_every_family_has_its_parts() -> None:
-    assert set(PARTS) == set(DECODER_FAMILIES)
+    adopted = {tiny_model(family=family).config.text_config.model_type for family in ADOPTED}
+    assert set(PARTS) == {*DECODER_FAMILIES, *adopted}
     assert all(issubclass(parts, LayerParts) for parts in PARTS.values())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ADOPTED])
 def test_parts_are_what_the_layer_does(family: str, kv_heads: int) -> None:
-    check(tiny_model(family=family, kv_heads=kv_heads).decoder.model, family)
+    check(tiny_model(family=family, kv_heads=kv_heads).decoder.model)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ADOPTED])
 def test_adapters_apply(family: str) -> None:
     model = tiny_model(family=family)
     names = "qkv_proj" if family == "phi3" else "k_proj|v_proj"
-    plain = PARTS[family](model.decoder.model.layers[0])
+    parts = PARTS[model.config.text_config.model_type]
+    plain = parts(model.decoder.model.layers[0])
     hidden, positions = torch.randn(2, LENGTH, 32), torch.arange(LENGTH).expand(2, -1)
     rotary = rotary_of(model.decoder.model, 0, hidden, positions)
     before = plain.keys_and_values(hidden, rotary)
-    get_peft_model(model, LoraConfig(r=4, target_modules=rf"decoder\..*\.({names}|o_proj|down_proj)"))
+    get_peft_model(
+        model, LoraConfig(r=4, target_modules=rf".*(decoder|language_model)\..*\.({names}|o_proj|down_proj)")
+    )
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.3)
-    after = PARTS[family](model.decoder.model.layers[0]).keys_and_values(hidden, rotary)
+    after = parts(model.decoder.model.layers[0]).keys_and_values(hidden, rotary)
     assert all((a - b).abs().max() > 1e-2 for a, b in zip(before, after, strict=True))
-    check(model.decoder.model, family)
+    check(model.decoder.model)

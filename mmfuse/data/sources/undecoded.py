@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, Budget, decode_file
+from mmfuse.data.decoders import DEFAULT_BUDGET, FEATURE_FORMATS, Budget, decode_file, picture_size
 from mmfuse.data.samples import Sample
 from mmfuse.models.media import Features
 
@@ -31,6 +31,16 @@ class Undecoded:
     def is_features(self) -> bool:
         """Whether it holds features, and no picture."""
         return self.ending in FEATURE_FORMATS
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the picture, upright; its pixels are not decoded.
+
+        Raises:
+            DataError: the bytes are damaged or of the wrong kind.
+            OSError: they cannot be read.
+        """
+        return picture_size(self.read(), self.where)
 
     def decode(self) -> Any:
         """Return the picture or the features.

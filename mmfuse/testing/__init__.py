@@ -11,7 +11,7 @@ and tests of a mask would pass whatever it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from mmfuse.fusion import IGNORED_LABEL
 from mmfuse.fusion.base import base_visibility
 from mmfuse.kernels import BACKENDS, Call
 from mmfuse.models.config import MultimodalConfig
-from mmfuse.models.encoders import Encoder
 from mmfuse.models.modeling import MultimodalLM
 from mmfuse.sequence import Modality, Side, TokenMap
+from mmfuse.testing.vlms import VLMS, tiny_vlm
 
 #: What differs between the families; sliding windows are short, so that tests can run past them.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -71,14 +71,16 @@ def tiny_model(
 
     Args:
         fusion: a strategy by name or spec.
-        family: a decoder family, see `FAMILIES`.
+        family: a decoder family, see `FAMILIES`, or the name of a vision-language model that is adopted, see `VLMS`.
         kv_heads: 4 gives multi-head attention, 2 and 1 grouped-query attention.
         modalities: of the media that the model takes.
         seed: of the weights; the caller's random state is left alone.
         **overrides: fields of the decoder's config.
     """
+    if family in VLMS:
+        return _adopted(fusion, family, seed, num_key_value_heads=kv_heads, **overrides)
     if family not in FAMILIES:
-        raise ValueError(unknown("decoder family", family, FAMILIES))
+        raise ValueError(unknown("decoder family", family, [*FAMILIES, *VLMS]))
     for modality in modalities:
         if modality not in MEDIA_TOKEN_IDS:
             raise ValueError(unknown("modality", modality, MEDIA_TOKEN_IDS))
@@ -119,10 +121,23 @@ def tiny_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MultimodalLM(config).eval()
-        for parameter in model.fusion.parameters():
-            # Gates that start at 0 and copies of one connector would hide what the strategy does.
-            parameter.data += 0.2 * torch.randn_like(parameter)
+        _shake(model)
         return model
+
+
+def _adopted(fusion: str | Mapping[str, Any], family: str, seed: int, **overrides: Any) -> MultimodalLM:
+    vlm, _ = tiny_vlm(family, seed=seed, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MultimodalLM.from_vlm(vlm, fusion)
+        _shake(model)
+        return model
+
+
+def _shake(model: MultimodalLM) -> None:
+    """Gates that start at 0 and copies of one connector would hide what the strategy does."""
+    for parameter in model.fusion.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
 
 
 def tiny_batch(
@@ -180,8 +195,7 @@ def _random_media(model: MultimodalLM, kind: str, length: int, generator: torch.
     each = model.visual_tokens(kind)
     if length % each:
         raise ValueError(f"a run of {length} {kind} tokens is no multiple of {each}, the tokens of one {kind}")
-    shape = cast(Encoder, model.encoders[kind]).input_shape
-    return [torch.randn(*shape, generator=generator) for _ in range(length // each)]
+    return [torch.randn(*model.input_shape(kind), generator=generator) for _ in range(length // each)]
 
 
 def _layouts(layout: Layout | Sequence[Layout] | None, batch: int) -> list[Layout]:

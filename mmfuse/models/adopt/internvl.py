@@ -1,0 +1,21 @@
+"""InternVL in the Hugging Face format: tiles of an image one after the other, each in equally many tokens.
+
+Paper: InternVL3, arXiv 2504.10479.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from mmfuse.models.adopt.base import Adapter, EncodedMedia, Inputs
+
+
+class InternVL(Adapter):
+    """Every tile stands in `pixel_values` as an image of its own; marks around an image tell which belong together."""
+
+    token_inputs = ("mm_token_type_ids",)
+
+    def encode(self, vlm: PreTrainedModel, inputs: Inputs) -> EncodedMedia:
+        return replace(super().encode(vlm, inputs), lengths=())
