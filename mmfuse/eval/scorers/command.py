@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("mmfuse score", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", nargs="?", type=Path, help='lines {"id", "prediction", "target"} plus task fields')
     parser.add_argument("--task", help="the task whose rules apply, such as pope")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="whose rules; the task's first one if not given")
+    parser.add_argument("--protocol", help=f"whose rules: {', '.join(PROTOCOLS)}, …; the task's first one by default")
     parser.add_argument("--json", action="store_true", help="print {metric: value} and nothing else")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="write what was parsed of each row, as JSONL")
     parser.add_argument("--tasks", action="store_true", help="list the tasks with their protocols and fields")

@@ -1,0 +1,81 @@
+"""The entries of the table of tasks, by family."""
+
+from __future__ import annotations
+
+from mmfuse.eval.scorers import choices
+from mmfuse.eval.scorers.documents import anls, chartqa
+from mmfuse.eval.scorers.exact import exact_match
+from mmfuse.eval.scorers.task import PROTOCOLS, TaskScorer
+from mmfuse.eval.scorers.vqa import evalai_people, gqa, textvqa, vqav2
+
+_ANY: tuple[TaskScorer, ...] = (
+    TaskScorer(
+        "exact_match",
+        exact_match,
+        "exact_match",
+        optional=("category", "image", "cluster"),
+        target="the right answer, or a list of them",
+        data="any",
+        licence="that of your data",
+    ),
+)
+
+_IMAGE = ("image", "cluster", "category")
+
+_SHORT_ANSWERS = (
+    TaskScorer("vqav2", vqav2, "accuracy", (), (*_IMAGE, "answer_type"), PROTOCOLS, "ten answers",
+        data="visualqa.org, images of COCO", licence="CC-BY-4.0 (annotations)", paper="1612.00837",
+        aliases=("vqa_v2", "vqa")),
+    TaskScorer("textvqa", textvqa, "accuracy", (), _IMAGE, PROTOCOLS, "ten answers",
+        data="textvqa.org, images of Open Images", licence="CC-BY-4.0", paper="1904.08920", aliases=("textvqa_val",)),
+    TaskScorer("vizwiz", evalai_people, "accuracy", (), (*_IMAGE, "answer_type"), PROTOCOLS, "ten answers",
+        data="vizwiz.org", licence="CC-BY-4.0", paper="1802.08218", aliases=("vizwiz_vqa",)),
+    TaskScorer("okvqa", evalai_people, "accuracy", (), _IMAGE, PROTOCOLS, "ten answers",
+        data="okvqa.allenai.org, images of COCO", paper="1906.00067", aliases=("ok_vqa",)),
+    TaskScorer("gqa", gqa, "accuracy", (), ("imageId", "types", "cluster"), PROTOCOLS, "the right answer",
+        data="cs.stanford.edu/people/dorarad/gqa", licence="CC-BY-4.0", paper="1902.09506",
+        aliases=("gqa_testdev_balanced",)),
+    TaskScorer("docvqa", anls, "anls", (), (*_IMAGE, "docId", "answer_type"), (*PROTOCOLS, "paper"),
+        "a list of answers", data="rrc.cvc.uab.es, challenge 17, after registration", paper="2007.00398",
+        aliases=("docvqa_val",)),
+    TaskScorer("infovqa", anls, "anls", (), (*_IMAGE, "answer_type"), (*PROTOCOLS, "paper"), "a list of answers",
+        data="rrc.cvc.uab.es, challenge 17, after registration", paper="2104.12756", aliases=("infographicvqa",)),
+    TaskScorer("stvqa", anls, "anls", (), _IMAGE, (*PROTOCOLS, "paper"), "a list of answers",
+        data="rrc.cvc.uab.es, challenge 11, after registration", paper="1905.13648", aliases=("st_vqa",)),
+    TaskScorer("chartqa", chartqa, "relaxed_accuracy", (), ("split", *_IMAGE), PROTOCOLS, "the right answer",
+        data="github.com/vis-nlp/ChartQA", licence="GPL-3.0", paper="2203.10244", aliases=("chartqa_test",)),
+)  # fmt: skip
+
+_OPTIONS = ("options", "A, B, …", "image", "cluster", "category")
+_HARNESSES = ("vlmevalkit", "lmms")
+
+_MULTIPLE_CHOICE = (
+    TaskScorer("multiple_choice", choices.multiple_choice, "accuracy", (), _OPTIONS,
+        ("letter", "lmms", "vlmevalkit", "mmmu"), "a letter", data="any", licence="that of your data",
+        aliases=("mcq",)),
+    TaskScorer("mmbench", choices.mmbench, "circular_accuracy", (), ("index", "g_index", "l2-category", *_OPTIONS),
+        PROTOCOLS, "a letter", data="github.com/open-compass/MMBench", licence="Apache-2.0 (annotations)",
+        paper="2307.06281",
+        aliases=("mmbench_dev_en", "mmbench_dev_cn", "mmbench_en_dev", "mmbench_cn_dev", "ccbench")),
+    TaskScorer("seedbench", choices.seedbench, "accuracy", (), ("data_type", "question_type_id", *_OPTIONS), PROTOCOLS,
+        "a letter", "text, or the losses of the options", data="huggingface.co/datasets/AILab-CVC/SEED-Bench",
+        licence="CC-BY-NC-4.0", paper="2307.16125", aliases=("seed", "seed_bench", "seedbench_img", "seed_image")),
+    TaskScorer("ai2d", choices.ai2d, "accuracy", (), _OPTIONS, _HARNESSES, "a letter",
+        data="prior.allenai.org/projects/diagram-understanding", licence="CC-BY-SA-4.0", paper="1603.07396",
+        aliases=("ai2d_test",)),
+    TaskScorer("realworldqa", choices.realworldqa, "accuracy", (), _OPTIONS, _HARNESSES, "a letter, or the answer",
+        data="huggingface.co/datasets/xai-org/RealworldQA", licence="CC-BY-ND-4.0"),
+    TaskScorer("cv_bench", choices.cv_bench, "cv_bench", (), ("source", *_OPTIONS), PROTOCOLS, "a letter",
+        data="huggingface.co/datasets/nyu-visionx/CV-Bench", licence="Apache-2.0", paper="2406.16860",
+        aliases=("cvbench", "cv_bench_2d", "cv_bench_3d")),
+    TaskScorer("mmstar", choices.mmstar, "accuracy", (), ("l2_category", *_OPTIONS), PROTOCOLS, "a letter",
+        data="huggingface.co/datasets/Lin-Chen/MMStar", paper="2403.20330"),
+    TaskScorer("scienceqa", choices.scienceqa, "accuracy", (), ("has_image", *_OPTIONS), PROTOCOLS, "a letter",
+        data="scienceqa.github.io", licence="CC-BY-NC-SA-4.0", paper="2209.09513",
+        aliases=("sqa", "scienceqa_img", "scienceqa_test")),
+    TaskScorer("mmvp", choices.mmvp, "pair_accuracy", (), ("pair", "index", *_OPTIONS), _HARNESSES, "a letter",
+        data="huggingface.co/datasets/MMVP/MMVP", licence="MIT", paper="2401.06209"),
+)  # fmt: skip
+
+#: All entries.
+ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE)
