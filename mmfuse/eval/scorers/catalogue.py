@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mmfuse.eval.scorers import choices
+from mmfuse.eval.scorers import choices, yesno
 from mmfuse.eval.scorers.documents import anls, chartqa
 from mmfuse.eval.scorers.exact import exact_match
+from mmfuse.eval.scorers.mmmu import mmmu
 from mmfuse.eval.scorers.task import PROTOCOLS, TaskScorer
 from mmfuse.eval.scorers.vqa import evalai_people, gqa, textvqa, vqav2
 
@@ -73,9 +74,28 @@ _MULTIPLE_CHOICE = (
     TaskScorer("scienceqa", choices.scienceqa, "accuracy", (), ("has_image", *_OPTIONS), PROTOCOLS, "a letter",
         data="scienceqa.github.io", licence="CC-BY-NC-SA-4.0", paper="2209.09513",
         aliases=("sqa", "scienceqa_img", "scienceqa_test")),
+    TaskScorer("mmmu", mmmu, "accuracy", (), ("question_type", "subject", *_OPTIONS), (*PROTOCOLS, "strict"),
+        "a letter, or the answer (or several) to an open question", data="huggingface.co/datasets/MMMU/MMMU",
+        licence="Apache-2.0", paper="2311.16502", aliases=("mmmu_val", "mmmu_dev_val")),
     TaskScorer("mmvp", choices.mmvp, "pair_accuracy", (), ("pair", "index", *_OPTIONS), _HARNESSES, "a letter",
         data="huggingface.co/datasets/MMVP/MMVP", licence="MIT", paper="2401.06209"),
 )  # fmt: skip
 
+_YES_NO = (
+    TaskScorer("pope", yesno.pope, "accuracy", (), ("category", "image", "cluster"), PROTOCOLS, "yes or no",
+        data="github.com/RUCAIBox/POPE, images of COCO", licence="MIT (questions)", paper="2305.10355",
+        aliases=("pope_random", "pope_popular", "pope_adversarial", "pope_adv", "pope_pop", "pope_full")),
+    TaskScorer("mme", yesno.mme, "perception", ("category",), ("image", "question_id", "cluster"), PROTOCOLS,
+        "yes or no", data="github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, on request",
+        paper="2306.13394"),
+    TaskScorer("hallusionbench", yesno.hallusionbench, "accuracy", (),
+        ("judgement", "category", "subcategory", "set_id", "figure_id", "question_id", "index"),
+        ("vlmevalkit", "official"), "yes or no", data="github.com/tianyi-lab/HallusionBench",
+        licence="BSD-3-Clause", paper="2310.14566", aliases=("hallusion_bench", "hallusion_bench_image")),
+    TaskScorer("amber_discriminative", yesno.amber_discriminative, "accuracy", (), ("type", "image", "cluster"),
+        ("official", "vlmevalkit"), "yes or no", data="github.com/junyangwang0410/AMBER", licence="Apache-2.0",
+        paper="2311.07397", aliases=("amber_d",)),
+)  # fmt: skip
+
 #: All entries.
-ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE)
+ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from mmfuse.eval.scorers.records import (
     required,
     text,
     unparsed,
+    whole_groups,
 )
 from mmfuse.eval.text import choices as read
 
@@ -312,16 +314,10 @@ def mmvp(rows: Sequence[Row], protocol: str) -> Result:
     for row, pair in zip(rows, pairs, strict=True):
         sample = _choose(row, reader, "AB")
         samples.append(Sample(sample.id, sample.score, sample.parsed, sample.rule, pair, sample.category))
-    held: dict[str, list[Sample]] = {}
-    for sample in samples:
-        held.setdefault(sample.cluster, []).append(sample)
-    for pair, both in held.items():
-        if len(both) != 2:
-            raise DataError(f"task mmvp: pair {pair} has {len(both)} rows (first: {both[0].id}), expected 2")
-    whole = [
-        all(other.score for other in held[sample.cluster]) if held[sample.cluster][0] is sample else None
-        for sample in samples
-    ]
+    for pair, count in Counter(pairs).items():
+        if count != 2:
+            raise DataError(f"task mmvp: pair {pair} has {count} rows, expected 2")
+    whole = whole_groups([sample.score for sample in samples], pairs)
     metrics = {
         "pair_accuracy": mean(whole),
         "accuracy": mean(sample.score for sample in samples),

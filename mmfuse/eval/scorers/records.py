@@ -134,6 +134,20 @@ def mean_of_groups(values: Sequence[float | bool | None], groups: Sequence[str])
     return Metric(counts, value_of)
 
 
+def whole_groups(scores: Sequence[float | None], groups: Sequence[str]) -> list[bool | None]:
+    """For the first sample of each group, whether all samples of the group score 1; None for all others.
+
+    Args:
+        scores: of the samples.
+        groups: the group of each sample; a sample with an empty one belongs to none.
+    """
+    whole: dict[str, bool] = {}
+    for score, group in zip(scores, groups, strict=True):
+        whole[group] = whole.get(group, True) and score == 1.0
+    whole.pop("", None)
+    return [whole.pop(group, None) for group in groups]
+
+
 def unparsed(samples: Sequence[Sample]) -> Metric:
     """The share of samples whose prediction could not be read."""
     return mean(sample.parsed is None for sample in samples)
