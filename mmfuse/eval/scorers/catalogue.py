@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from mmfuse.eval.scorers import choices, yesno
+from mmfuse.eval.scorers import choices, objects, yesno
 from mmfuse.eval.scorers.documents import anls, chartqa
 from mmfuse.eval.scorers.exact import exact_match
+from mmfuse.eval.scorers.mathvista import mathvista
 from mmfuse.eval.scorers.mmmu import mmmu
 from mmfuse.eval.scorers.task import PROTOCOLS, TaskScorer
 from mmfuse.eval.scorers.vqa import evalai_people, gqa, textvqa, vqav2
@@ -77,6 +78,10 @@ _MULTIPLE_CHOICE = (
     TaskScorer("mmmu", mmmu, "accuracy", (), ("question_type", "subject", *_OPTIONS), (*PROTOCOLS, "strict"),
         "a letter, or the answer (or several) to an open question", data="huggingface.co/datasets/MMMU/MMMU",
         licence="Apache-2.0", paper="2311.16502", aliases=("mmmu_val", "mmmu_dev_val")),
+    TaskScorer("mathvista", mathvista, "accuracy", ("question_type", "answer_type"),
+        ("choices", "precision", "extraction", "task", "skills", "image", "cluster"), ("official", "rules"),
+        "the answer, as text", data="huggingface.co/datasets/AI4Math/MathVista", licence="CC-BY-SA-4.0",
+        paper="2310.02255", aliases=("mathvista_mini", "mathvista_testmini"), judged=True),
     TaskScorer("mmvp", choices.mmvp, "pair_accuracy", (), ("pair", "index", *_OPTIONS), _HARNESSES, "a letter",
         data="huggingface.co/datasets/MMVP/MMVP", licence="MIT", paper="2401.06209"),
 )  # fmt: skip
@@ -97,5 +102,19 @@ _YES_NO = (
         paper="2311.07397", aliases=("amber_d",)),
 )  # fmt: skip
 
+_CAPTIONS = (
+    TaskScorer("chair", objects.chair, "chair_i", (), ("captions", "image", "cluster"), ("official", "corrected"),
+        "the list of objects in the image",
+        resources={"synonyms": "data/synonyms.txt of github.com/LisaAnne/Hallucination"},
+        data="cocodataset.org, instances and captions of 2014", licence="CC-BY-4.0 (annotations)", paper="1809.02156"),
+    TaskScorer("amber_generative", objects.amber_generative, "chair", (), ("image", "cluster"), ("exact_words",),
+        "the annotation, an object with `truth` and `hallu`",
+        resources={
+            "relation": "data/relation.json of github.com/junyangwang0410/AMBER",
+            "safe_words": "data/safe_words.txt of github.com/junyangwang0410/AMBER",
+        },
+        data="github.com/junyangwang0410/AMBER", licence="Apache-2.0", paper="2311.07397", aliases=("amber_g",)),
+)  # fmt: skip
+
 #: All entries.
-ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO)
+ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO, *_CAPTIONS)

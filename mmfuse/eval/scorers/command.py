@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmfuse.errors import DataError
+from mmfuse.errors import ConfigError, DataError
 from mmfuse.eval.scorers.records import Result
 from mmfuse.eval.scorers.table import PROTOCOLS, SCORERS, TaskScorer, find_scorer, score_rows
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int | None:
         _parser().error("a file of predictions and --task are needed; --tasks lists the tasks")
     task = find_scorer(asked.task)
     protocol = asked.protocol or task.protocols[0]
-    result = score_rows(task.name, read_rows(asked.file), protocol)
+    result = score_rows(task.name, read_rows(asked.file), protocol, read_resources(asked.resource))
     if asked.samples is not None:
         _write_samples(asked.samples, result)
     for warning in result.warnings:
@@ -55,6 +55,22 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_resources(words: Sequence[str]) -> dict[str, str]:
+    """The texts of files given as `NAME=FILE`.
+
+    Raises:
+        ConfigError: a word without `=`.
+        FileNotFoundError: there is no such file.
+    """
+    resources = {}
+    for word in words:
+        name, equals, path = word.partition("=")
+        if not equals:
+            raise ConfigError(f"--resource {word}: expected NAME=FILE")
+        resources[name] = Path(path).read_text(encoding="utf-8")
+    return resources
+
+
 def finite(values: dict[str, float]) -> dict[str, float | None]:
     """Numbers as JSON can hold them: what is not defined becomes None."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -65,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", nargs="?", type=Path, help='lines {"id", "prediction", "target"} plus task fields')
     parser.add_argument("--task", help="the task whose rules apply, such as pope")
     parser.add_argument("--protocol", help=f"whose rules: {', '.join(PROTOCOLS)}, …; the task's first one by default")
+    parser.add_argument("--resource", action="append", default=[], metavar="NAME=FILE", help="a list that a task needs")
     parser.add_argument("--json", action="store_true", help="print {metric: value} and nothing else")
     parser.add_argument("--samples", type=Path, metavar="FILE", help="write what was parsed of each row, as JSONL")
     parser.add_argument("--tasks", action="store_true", help="list the tasks with their protocols and fields")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmfuse.errors import ConfigError, DataError, unknown
 from mmfuse.eval.scorers.catalogue import ENTRIES
@@ -29,16 +29,19 @@ def find_scorer(name: str) -> TaskScorer:
     return SCORERS[plain]
 
 
-def score_rows(task: str, rows: Sequence[Row], protocol: str | None = None) -> Result:
+def score_rows(
+    task: str, rows: Sequence[Row], protocol: str | None = None, resources: Mapping[str, str] | None = None
+) -> Result:
     """Score the rows of a task.
 
     Args:
         task: its name, see `SCORERS`.
         rows: `id`, `prediction`, `target` and the fields of the task.
         protocol: whose rules; the task's first one if not given.
+        resources: the text of each file that the task needs beside the rows, by the names in its entry.
 
     Raises:
-        ConfigError: an unknown task, or a protocol that the task does not have.
+        ConfigError: an unknown task, or a protocol that the task does not have, or a resource that is missing.
         DataError: no rows, an id that occurs twice, a field that is missing or holds something else than expected.
     """
     entry = find_scorer(task)
@@ -56,4 +59,10 @@ def score_rows(task: str, rows: Sequence[Row], protocol: str | None = None) -> R
         for key in ("prediction", *entry.fields):
             if row.get(key) is None:
                 raise DataError(f"task {entry.name}, row {own}: the field {key!r} is missing")
-    return entry.score(rows, protocol)
+    if not entry.resources:
+        return entry.score(rows, protocol)
+    given = resources or {}
+    for name, source in entry.resources.items():
+        if name not in given:
+            raise ConfigError(f"task {entry.name} needs the resource {name!r}: {source}")
+    return entry.score(rows, protocol, given)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-from mmfuse.eval.scorers.records import Result, Row
+from mmfuse.eval.scorers.records import Result
 
-#: A scorer: rows and the name of a protocol to a result. It is pure: the same rows give the same result.
-Scorer = Callable[[Sequence[Row], str], Result]
+#: A scorer: rows and the name of a protocol to a result. It is pure: the same rows give the same result. One whose task
+#: has `resources` takes them, too, by name.
+Scorer = Callable[..., Result]
 
 #: The benchmark's own rules, those of lmms-eval, and those of VLMEvalKit.
 PROTOCOLS = ("official", "lmms", "vlmevalkit")
@@ -27,6 +28,7 @@ class TaskScorer:
         protocols: that the scorer knows; the first one is the default.
         target: what `target` holds.
         prediction: what `prediction` holds, if it is no text.
+        resources: files of the benchmark that scoring needs (such as lists of words), by name, and where they are.
         data: where the data come from.
         licence: of the data, as their owners state it; "unknown" if they state none.
         paper: that defines the task, as an arXiv number or a title.
@@ -42,6 +44,7 @@ class TaskScorer:
     protocols: tuple[str, ...] = ("official",)
     target: str = "the right answer"
     prediction: str = "text"
+    resources: Mapping[str, str] = field(default_factory=dict)
     data: str = ""
     licence: str = "unknown"
     paper: str = ""

@@ -33,6 +33,7 @@ class Example:
         turn: another order of rows that changes no metric.
         unbounded: metrics are no shares.
         by_protocol: fields that rows of a protocol have, too.
+        resources: files of the benchmark, by name.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -40,6 +41,7 @@ class Example:
     turn: Callable[[Rows], Rows] = backwards
     unbounded: bool = False
     by_protocol: dict[str, dict[str, Any]] | None = None
+    resources: dict[str, str] | None = None
 
     def with_ids(self, protocol: str) -> Rows:
         extra = (self.by_protocol or {}).get(protocol, {})
@@ -118,6 +120,21 @@ EXAMPLES: dict[str, Example] = {
             for number, row in enumerate(_YES_NO)
         ],
         by_protocol={"official": {"judgement": "correct"}},
+    ),
+    "mathvista": Example(
+        [
+            {**row, "target": "dog", "question_type": "multi_choice", "answer_type": "text", "extraction": "B"}
+            for row in _LETTERS
+        ]
+    ),
+    "chair": Example(
+        [{"prediction": said, "target": ["dog"], "captions": ["a cat"]} for said in ("a dog", "two cats", "", "birds")],
+        resources={"synonyms": "dog, puppy\ncat\nbird"},
+        unbounded=True,
+    ),
+    "amber_generative": Example(
+        [{"prediction": said, "target": {"truth": ["dog"], "hallu": ["cat"]}} for said in ("a dog", "cats", "", "x")],
+        resources={"relation": '{"dog": ["puppy"], "cat": []}', "safe_words": "sign"},
     ),
     "amber_discriminative": Example([{**row, "type": "discriminative-hallucination"} for row in _YES_NO]),
 }

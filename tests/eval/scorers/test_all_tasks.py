@@ -60,14 +60,14 @@ def test_any_answer_gets_a_bounded_score_in_any_order(examples, task: str, proto
     rows = examples[task].with_ids(protocol)
     if examples[task].text:
         rows = [{**row, "prediction": data.draw(answers)} for row in rows]
-    result = score_rows(task, rows, protocol)
+    result = score_rows(task, rows, protocol, examples[task].resources)
     assert [sample.id for sample in result.samples] == [str(row["id"]) for row in rows]
     if not examples[task].unbounded:
         assert bounded(task, result)
     assert all(len(metric.counts) == len(rows) for metric in result.metrics.values())
     if (task, protocol) not in ORDERED:
         # Rows of a group stay together where the task pairs neighbours.
-        turned = score_rows(task, examples[task].turn(rows), protocol)
+        turned = score_rows(task, examples[task].turn(rows), protocol, examples[task].resources)
         assert turned.values == pytest.approx(result.values, nan_ok=True)
 
 
@@ -76,9 +76,13 @@ def test_the_command_scores_it(examples, task: str, protocol: str, tmp_path: Any
     path = tmp_path / "preds.jsonl"
     rows = examples[task].with_ids(protocol)
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    assert main(["score", str(path), "--task", task, "--protocol", protocol, "--json"]) == 0
+    words = ["score", str(path), "--task", task, "--protocol", protocol, "--json"]
+    for name, text in (examples[task].resources or {}).items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        words += ["--resource", f"{name}={tmp_path / name}"]
+    assert main(words) == 0
     printed = json.loads(capsys.readouterr().out)
-    expected = score_rows(task, rows, protocol).values
+    expected = score_rows(task, rows, protocol, examples[task].resources).values
     assert printed.keys() == expected.keys()
     assert [np.nan if value is None else value for value in printed.values()] == pytest.approx(
         list(expected.values()), nan_ok=True
@@ -89,13 +93,18 @@ def test_the_command_scores_it(examples, task: str, protocol: str, tmp_path: Any
 def test_the_primary_metric_comes_first(examples, task: str) -> None:
     entry = SCORERS[task]
     protocol = entry.protocols[0]
-    assert next(iter(score_rows(task, examples[task].with_ids(protocol), protocol).values)) == entry.primary
+    assert (
+        next(iter(score_rows(task, examples[task].with_ids(protocol), protocol, examples[task].resources).values))
+        == entry.primary
+    )
 
 
 @pytest.mark.parametrize(("task", "protocol"), CASES, ids=lambda value: value)
 def test_sums_over_parts_add_up(examples, task: str, protocol: str) -> None:
     """A metric of resampled clusters is its value of the resampled sums, so counts must not depend on other rows."""
-    for name, metric in score_rows(task, examples[task].with_ids(protocol), protocol).metrics.items():
+    for name, metric in score_rows(
+        task, examples[task].with_ids(protocol), protocol, examples[task].resources
+    ).metrics.items():
         half = len(metric.counts) // 2
         together = metric.value(metric.counts[:half].sum(0) + metric.counts[half:].sum(0))
         assert float(together) == pytest.approx(metric.total, nan_ok=True), name
