@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from mmfuse.eval.scorers import choices, objects, yesno
+from mmfuse.eval.scorers.captions import captions
 from mmfuse.eval.scorers.documents import anls, chartqa
 from mmfuse.eval.scorers.exact import exact_match
+from mmfuse.eval.scorers.grounding import refcoco
 from mmfuse.eval.scorers.mathvista import mathvista
 from mmfuse.eval.scorers.mmmu import mmmu
 from mmfuse.eval.scorers.task import PROTOCOLS, TaskScorer
@@ -103,6 +105,16 @@ _YES_NO = (
 )  # fmt: skip
 
 _CAPTIONS = (
+    TaskScorer("refcoco", refcoco, "accuracy", ("width", "height"), ("convention", "split", *_IMAGE),
+        ("convention", "qwen_vl", "internvl", "lmms"), "[x1, y1, x2, y2] in pixels",
+        data="github.com/lichengunc/refer, images of COCO", paper="1608.00272",
+        aliases=("refcoco+", "refcoco_plus", "refcocog")),
+    TaskScorer("coco_captions", captions, "cider", (), _IMAGE, ("python", "tokenized"), "a list of captions",
+        data="cocodataset.org", licence="CC-BY-4.0", paper="1504.00325",
+        aliases=("coco_cap", "coco_caption", "nocaps", "flickr30k", "textcaps")),
+    TaskScorer("audio_captions", captions, "cider", (), ("image", "cluster"), ("python", "tokenized"),
+        "a list of captions", data="Clotho: zenodo.org/records/4783391; AudioCaps: github.com/cdjkim/audiocaps",
+        paper="1910.09387", aliases=("clotho", "audiocaps")),
     TaskScorer("chair", objects.chair, "chair_i", (), ("captions", "image", "cluster"), ("official", "corrected"),
         "the list of objects in the image",
         resources={"synonyms": "data/synonyms.txt of github.com/LisaAnne/Hallucination"},
@@ -118,3 +130,10 @@ _CAPTIONS = (
 
 #: All entries.
 ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO, *_CAPTIONS)
+
+#: What people ask for that is not there, with the reason.
+REFUSED = {
+    "meteor": "it needs Java and a jar of paraphrases; `coco_captions` gives CIDEr-D, BLEU and ROUGE-L",
+    "spice": "it needs Java and Stanford CoreNLP; `coco_captions` gives CIDEr-D, BLEU and ROUGE-L",
+    "spider": "half of it is SPICE, which needs Java and Stanford CoreNLP; `audio_captions` gives CIDEr-D",
+}

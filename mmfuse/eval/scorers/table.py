@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from mmfuse.errors import ConfigError, DataError, unknown
-from mmfuse.eval.scorers.catalogue import ENTRIES
+from mmfuse.eval.scorers.catalogue import ENTRIES, REFUSED
 from mmfuse.eval.scorers.records import Result, Row, identity
 from mmfuse.eval.scorers.task import PROTOCOLS, Scorer, TaskScorer
 
@@ -24,6 +24,8 @@ def find_scorer(name: str) -> TaskScorer:
     """
     plain = name.lower().replace("-", "_")
     plain = _ALIASES.get(plain, plain)
+    if plain in REFUSED:
+        raise ConfigError(f"{name} is not computed here: {REFUSED[plain]}")
     if plain not in SCORERS:
         raise ConfigError(unknown("task", name, SCORERS))
     return SCORERS[plain]

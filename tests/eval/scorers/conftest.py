@@ -121,6 +121,14 @@ EXAMPLES: dict[str, Example] = {
         ],
         by_protocol={"official": {"judgement": "correct"}},
     ),
+    "refcoco": Example(
+        [
+            {"prediction": said, "target": [0, 0, 40, 20], "width": 100, "height": 50, "convention": "unit"}
+            for said in ("[0, 0, 0.4, 0.4]", "(0,0),(400,400)", "[[0,0,200,200]]", "nowhere")
+        ]
+    ),
+    "coco_captions": Example(_answers(["a dog", "the dog runs"]), unbounded=True),
+    "audio_captions": Example(_answers(["a dog barks"]), unbounded=True),
     "mathvista": Example(
         [
             {**row, "target": "dog", "question_type": "multi_choice", "answer_type": "text", "extraction": "B"}
