@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from mmfuse.eval.scorers import choices, objects, yesno
 from mmfuse.eval.scorers.captions import captions
+from mmfuse.eval.scorers.classes import ave, classification, music_avqa
 from mmfuse.eval.scorers.documents import anls, chartqa
 from mmfuse.eval.scorers.exact import exact_match
 from mmfuse.eval.scorers.grounding import refcoco
 from mmfuse.eval.scorers.mathvista import mathvista
 from mmfuse.eval.scorers.mmmu import mmmu
+from mmfuse.eval.scorers.signals import events, retrieval
+from mmfuse.eval.scorers.speech import asr
 from mmfuse.eval.scorers.task import PROTOCOLS, TaskScorer
 from mmfuse.eval.scorers.vqa import evalai_people, gqa, textvqa, vqav2
 
@@ -128,8 +131,31 @@ _CAPTIONS = (
         data="github.com/junyangwang0410/AMBER", licence="Apache-2.0", paper="2311.07397", aliases=("amber_g",)),
 )  # fmt: skip
 
+_SIGNALS = (
+    TaskScorer("asr", asr, "wer", (), ("speaker", "split", "cluster"),
+        ("whisper_no_spelling", "whisper", "whisper_basic", "plain"), "the transcript", takes_resources=True,
+        data="openslr.org/12 (LibriSpeech), or any", licence="CC-BY-4.0 (LibriSpeech)", paper="2212.04356",
+        aliases=("wer", "librispeech", "librispeech_test_clean", "librispeech_test_other")),
+    TaskScorer("classification", classification, "accuracy", (),
+        ("classes", "modality", "score", "subject", "video", "cluster"), ("official",), "a class",
+        "a class, or scores of the classes", data="CREMA-D, Kinetics-Sounds, VGGSound, AVE, EEG sets, or any",
+        licence="that of your data",
+        aliases=("crema_d", "kinetics_sounds", "vggsound", "av_classification", "eeg_classification", "seed_emotion")),
+    TaskScorer("ave", ave, "segment_accuracy", (), ("video", "cluster"), ("official",), "a class for each second",
+        "a class for each second", data="sites.google.com/view/audiovisualresearch", paper="1803.08842",
+        aliases=("ave_localization",)),
+    TaskScorer("music_avqa", music_avqa, "accuracy", (), ("type", "video_id", "cluster"), ("official", "generation"),
+        "the answer, one of 42 words", data="gewu-lab.github.io/MUSIC-AVQA", paper="2203.14072"),
+    TaskScorer("eeg_retrieval", retrieval, "top1", (), ("subject", "cluster"), ("official",),
+        "the number of the right candidate", "the similarity to each candidate",
+        data="osf.io/3jk45 (THINGS-EEG2)", licence="CC-BY-4.0", paper="2308.13234", aliases=("things_eeg",)),
+    TaskScorer("events", events, "f1", ("duration",), ("subject", "cluster"), ("official",), "[start, end] of events",
+        "[start, end] of events", data="SzCORE: TUSZ, CHB-MIT, Siena, or any", paper="2402.13005",
+        aliases=("seizure_events", "szcore")),
+)  # fmt: skip
+
 #: All entries.
-ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO, *_CAPTIONS)
+ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO, *_CAPTIONS, *_SIGNALS)
 
 #: What people ask for that is not there, with the reason.
 REFUSED = {

@@ -61,7 +61,7 @@ def score_rows(
         for key in ("prediction", *entry.fields):
             if row.get(key) is None:
                 raise DataError(f"task {entry.name}, row {own}: the field {key!r} is missing")
-    if not entry.resources:
+    if not (entry.resources or entry.takes_resources):
         return entry.score(rows, protocol)
     given = resources or {}
     for name, source in entry.resources.items():

@@ -29,6 +29,7 @@ class TaskScorer:
         target: what `target` holds.
         prediction: what `prediction` holds, if it is no text.
         resources: files of the benchmark that scoring needs (such as lists of words), by name, and where they are.
+        takes_resources: some protocol needs a file, so that the scorer is given them all and says what is missing.
         data: where the data come from.
         licence: of the data, as their owners state it; "unknown" if they state none.
         paper: that defines the task, as an arXiv number or a title.
@@ -45,6 +46,7 @@ class TaskScorer:
     target: str = "the right answer"
     prediction: str = "text"
     resources: Mapping[str, str] = field(default_factory=dict)
+    takes_resources: bool = False
     data: str = ""
     licence: str = "unknown"
     paper: str = ""

@@ -121,6 +121,28 @@ EXAMPLES: dict[str, Example] = {
         ],
         by_protocol={"official": {"judgement": "correct"}},
     ),
+    "asr": Example(
+        [{"prediction": said, "target": "two dogs"} for said in ("two dogs", "2 dogs", "", "Two cats.")],
+        unbounded=True,
+        resources={"spelling": '{"colour": "color"}'},
+    ),
+    "classification": Example(
+        [{"prediction": said, "target": right} for said, right in (("dog", "dog"), ("cat", "dog"), ("dog", "cat"))],
+        unbounded=True,
+    ),
+    "ave": Example(
+        [{"prediction": [said] * 2, "target": ["dog", "background"]} for said in ("dog", "cat", "background")],
+        text=False,
+    ),
+    "music_avqa": Example(_answers("two", type=["Audio", "Counting"])),
+    "eeg_retrieval": Example(
+        [{"prediction": [0.1, 0.5, 0.2, number / 4], "target": 1} for number in range(4)], text=False
+    ),
+    "events": Example(
+        [{"prediction": [[10, 20]], "target": own, "duration": 600} for own in ([[15, 30]], [], [[300, 310]])],
+        text=False,
+        unbounded=True,
+    ),
     "refcoco": Example(
         [
             {"prediction": said, "target": [0, 0, 40, 20], "width": 100, "height": 50, "convention": "unit"}
