@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("mmfuse.training.export", "main", "write a run as an adapter or a checkpoint for other tools"),
     "generate": Command("mmfuse.training.commands", "generate", "answer one prompt, with or without an image"),
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
+    "score": Command("mmfuse.eval.scorers.command", "main", "score a file of predictions by a task's rules"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "kernels": Command("mmfuse.training.kernels", "main", "which attention backend runs a mask of a shape, and why"),
     "data": Command("mmfuse.training.data_commands", "main", "pack data into shards, lint, count and show them"),

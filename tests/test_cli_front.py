@@ -50,7 +50,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
     training = {"fit", "validate", "test", "predict", "compare", "verify-resume", "chaos"}
-    assert set(COMMANDS) == training | {"generate", "explain", "export", "profile", "kernels", "data", "list"}
+    assert set(COMMANDS) == training | {"generate", "explain", "export", "score", "profile", "kernels", "data", "list"}
 
 
 def test_module_and_function_give_the_same_help(capsys: pytest.CaptureFixture[str]) -> None:
