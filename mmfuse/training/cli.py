@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -21,7 +19,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from mmfuse.errors import ConfigError, DataError, StoppedError
+from mmfuse.errors import ConfigError, DataError
 from mmfuse.eval.results import write_text_atomically
 from mmfuse.training.callbacks import ModelSummary, StepMetrics, StepSeeds, progress_callback
 from mmfuse.training.checkpoints import (
@@ -39,6 +37,7 @@ from mmfuse.training.imports import restrict_imports
 from mmfuse.training.memory import keep_freed_memory
 from mmfuse.training.metrics_csv import MetricsCSV
 from mmfuse.training.module import MultimodalModule
+from mmfuse.training.processes import leaving_nothing
 from mmfuse.training.reporting import RunReport, export_model, write_run_results
 from mmfuse.training.runs import claim_folder, default_folder
 from mmfuse.training.sharding import ShardedStrategy, is_fsdp2, refuse_other_sharding, register, whole_weights
@@ -48,9 +47,6 @@ from mmfuse.training.strict import explain_mistake, unknown_flag
 
 # What a run's config file leaves out: they belong to one call and not to the run.
 _PER_CALL = ("config", "ckpt_path", "verbose", "return_predictions")
-
-# What tells a process that it is a rank, and where the others are.
-_OF_RANKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class MultimodalCLI(LightningCLI):
@@ -260,44 +256,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a key, class, flag or value that is not known, with what was probably meant.
     """
-    before = {name: os.environ.get(name) for name in _OF_RANKS}
-    end: StoppedError | SystemExit | None = None
-    try:
-        parse_and_build(argv)
-    except StoppedError as stopped:
-        end = StoppedError(*stopped.args)  # without the frames of the other, which hold the trainer
-    except SystemExit as stopped:
-        end = SystemExit(stopped.code)
-    finally:
-        _restore_environment(before)
-    _leave_process_group()
-    if end is not None:
-        raise end
+    leaving_nothing(lambda: parse_and_build(argv))
     return 0
-
-
-def _restore_environment(before: Mapping[str, str | None]) -> None:
-    """Undo what Lightning's launcher has written: who inherits it would take itself for a rank, and await the others.
-
-    Args:
-        before: values by name; None where there was none.
-    """
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
-def _leave_process_group() -> None:
-    """End the threads of the process group while Python is whole, if there is one.
-
-    Lightning leaves a gloo group to the end of the process. There a thread that lets go of a tensor meets an
-    interpreter which is shutting down, and now and then aborts a rank that has finished its work.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        gc.collect()  # the trainer and the model's wrapper know each other, and hold the group
-        torch.distributed.destroy_process_group()
 
 
 def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:
@@ -376,6 +336,8 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*Consider installing `litmodels`.*")
     # LightningCLI takes our words from Python. `sys.argv` keeps them: its launcher starts the other ranks with them.
     warnings.filterwarnings("ignore", message=".*LightningCLI's args parameter.*")
+    # Scores are summed over ranks before they are logged.
+    warnings.filterwarnings("ignore", message="It is recommended to use `self.log.*sync_dist")
     # A sharded checkpoint is tested by one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
     # What encoders return is never written into.

@@ -21,7 +21,7 @@ WriteConfig = Callable[..., Path]
 ReadRows = Callable[[Path], list[dict[str, float]]]
 
 FSDP2 = ["--trainer.strategy", "fsdp2", "--trainer.devices"]
-#: Dropout and accumulation; other numbers of validation samples on the two ranks.
+#: Accumulation; other numbers of validation samples on the two ranks.
 CHANGES: dict[str, Any] = {
     "trainer": {"accumulate_grad_batches": 2},
     "data": {"init_args": {"batch_size": 4, "eval_batch_size": 3, "scenes": {"val": 27}}},
