@@ -48,13 +48,29 @@ class StreamLoader:
             worker_init_fn=shield_worker,
             **self._options,
         )
-        for number, batch in enumerate(loader, start=stream.start):
+        for number, batch in enumerate(self._watched(loader), start=stream.start):
             if isinstance(batch, Failure):
                 raise batch.error
             expected = number * stream.world + stream.rank
             if batch[ORIGIN]["batch"] != expected:
                 raise RunError(f"batch {batch[ORIGIN]['batch']} came where batch {expected} was due")
             yield batch
+
+    def _watched(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """The same batches; workers that die or hang end the run with what they were reading.
+
+        Errors of the data come as a `Failure`, so that what is raised here is about the workers themselves.
+        """
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if not loader.num_workers:
+                raise
+            places = [place for place in self.stream.reading() if place]
+            raise RunError(
+                f"the data workers failed: {error}. The last samples that they read: {', '.join(places) or 'none'}. "
+                "Continue with --ckpt_path last"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a loader runs ahead of the trainer; see `StreamProgress` for what was trained on.
