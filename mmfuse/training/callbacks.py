@@ -23,7 +23,7 @@ class StepSeeds(Callback):
 
     Dropout thereby draws the same numbers after a resume, whatever was drawn before: by loaders that were opened, by
     validation, by a run of another length. Without it a checkpoint would have to hold the state of every generator.
-    Batches are numbered over all ranks, as in the plan of the data: a step of four draws the same on one rank as on four.
+    Batches are numbered over all ranks, as in the plan of the data: a step of four draws the same on 1 rank as on 4.
 
     Args:
         seed: of the run.

@@ -24,7 +24,7 @@ from mmfuse.errors import DataError, SourceError
 
 #: What turns bytes into media or runs what is in them.
 _DECODING = re.compile(
-    r"Image\.open\(|soundfile\.|read_array|safetensors\.torch import load\b|pickle\.loads?\(|gzip|zlib\.d"
+    r"Image\.open\(|soundfile\.|read_array|from safetensors\.torch import load\b|pickle\.load|gzip\."
 )
 
 
@@ -63,7 +63,7 @@ def pictures(folder: Path) -> Path:
 
 
 def parquet(folder: Path) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
     import pyarrow.parquet
 
     rows = [{"text": "<image>1", "image": {"bytes": picture(), "path": None}}]

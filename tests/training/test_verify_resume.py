@@ -48,7 +48,7 @@ def test_first_difference(losses: Any, samples: Any, says: str | None, tmp_path:
         (["verify-resume", "--config", "a.yaml", "--kills", "9", "--steps", "5"], "--kills must lie in 1..4"),
         (["verify-resume", "--config", "a.yaml", "--kils", "9"], "did you mean '--kills'"),
         (["chaos", "--config", "a.yaml", "--steps", "2"], "--steps must be at least 8"),
-        (["chaos", "--config", "a.yaml", "--fault", "kil"], "unknown; known are kill, terminate"),
+        (["chaos", "--config", "a.yaml", "--fault", "kil"], "unknown; known are kill, kill-ranks"),
         (["chaos"], "--config"),
     ],
 )
