@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -14,6 +15,7 @@ from mmfuse.data.workers import shield_worker
 from mmfuse.errors import ConfigError, RunError
 
 VERSION: Final = 1
+_DEATH: Final = re.compile(r"DataLoader worker \(pid(\(s\))? .*\) (is killed by signal|exited unexpectedly)")
 
 
 class StreamLoader:
@@ -203,6 +205,18 @@ def _with_other_batches(places: Sequence[Sequence[int]], before: int, now: int) 
         )
     batches = batches * now // before
     return [((batches - lane - 1) // count + 1, 0) for lane in range(count)]
+
+
+def worker_death(error: BaseException | None) -> RunError | None:
+    """What to say if `error` was raised because a worker process died, and None for any other one.
+
+    torch raises it from a signal handler, wherever the trainer is at that moment, as a plain `RuntimeError`.
+    """
+    while error is not None:
+        if type(error) is RuntimeError and _DEATH.match(str(error)):
+            return RunError(f"the data workers failed: {error} Out of memory? Continue with --ckpt_path last")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -25,7 +25,7 @@ WriteConfig = Callable[..., Path]
 
 STEPS = "12"
 #: Run in one call, over one whole run; the others are `exhaustive`: each is several processes of three seconds.
-SAMPLED = ("worker-kill", "flaky-reads", "bad-limit", "not-a-number", "truncated-shard", "payloads")
+SAMPLED = ("worker-kill", "flaky-reads", "not-a-number", "payloads")
 NAMES = [payload.name for payload in payloads(Path("marker"))]
 
 
