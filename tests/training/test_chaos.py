@@ -70,6 +70,11 @@ def test_a_fault_that_ends_otherwise_makes_the_command_fail(
     assert mmfuse(*words, "--out", tmp_path / "one", "--fault", "kill").code == 0
 
 
+def test_documentation_lists_every_fault() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in page for name in FAULTS)
+
+
 class Numbers:
     """Ten documents."""
 
