@@ -47,6 +47,7 @@ FAULTS: Final[dict[str, Fault]] = {
     "bad-limit": Fault("more bad samples than the limit", "a message with the counts, exit code 1", data.too_many_bad),
     "truncated-shard": Fault("a shard is cut off", "refused: its name and the byte", data.truncated_shard),
     "changed-shard": Fault("a shard is replaced between runs", "refused: the name of the source", data.changed_shard),
+    "same-names": Fault("remote shards of one name", "each source has its own samples", data.same_names),
     "not-a-number": Fault("weights become NaN", "stops before a checkpoint, names samples", data.not_a_number),
     "payloads": Fault("pickles, bombs, commands in data", "refused, and no code has run", data.payloads),
     "kill-in-save": Fault("SIGKILL while a checkpoint is written", "old or new, never torn", disk.kill_in_save),

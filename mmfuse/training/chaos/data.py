@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import io
 import tarfile
 import tempfile
+import threading
+from functools import partial
 from pathlib import Path
 
 from mmfuse.data.decoders import decode_file
@@ -14,6 +17,7 @@ from mmfuse.errors import DataError
 from mmfuse.training.chaos.bench import Bench, Outcome, fault, refused, saved_step
 from mmfuse.training.chaos.payloads import payloads as payload_list
 from mmfuse.training.streaming import read_sample_log
+from mmfuse.training.verify_resume import first_difference
 
 TIMEOUT = "--data.init_args.stream.timeout"
 LIMIT = "--data.init_args.stream.bad_samples"
@@ -75,6 +79,28 @@ def changed_shard(bench: Bench, name: str) -> Outcome:
             if member.name.partition(".")[0] != last:
                 tar.addfile(member, io.BytesIO(content))
     return refused(bench.start(name, own), f"the data of {shard.parent.name} was", codes=(2,))
+
+
+def same_names(bench: Bench, name: str) -> Outcome:
+    """A server of this machine has the shards, one of the same name for each source."""
+    folder = bench.out / f"{name}-shards"
+    local = bench.finish(f"{name}-local", fault("OwnShards", folder=str(folder)))
+    handler = partial(_Quiet, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        remote = bench.finish(name, fault("RemoteShards", url=url, cache=str(bench.out / f"{name}-cache")))
+        server.shutdown()
+    difference = first_difference(local, remote)
+    sources = len([one for one in folder.iterdir() if one.is_dir()])
+    return Outcome(difference is None, difference or f"{sources} sources; samples and losses are those of local shards")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder and prints nothing."""
+
+    def log_message(self, *args: object) -> None:
+        """Nothing."""
 
 
 def _own_shards(bench: Bench, name: str) -> tuple[Path, str]:

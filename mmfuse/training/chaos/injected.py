@@ -17,6 +17,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mmfuse.data import Sample, Source, open_source
+from mmfuse.data.remote import RemoteCache
+from mmfuse.data.sources import ShardSource
 from mmfuse.data.sources.undecoded import Undecoded, decoded
 from mmfuse.data.tools.pack import MANIFEST, pack_source
 from mmfuse.errors import DataError
@@ -211,6 +213,21 @@ class OwnShards(SourceFault):
             pack_source(FirstSamples(source, self.samples), own, per_shard=self.samples)
             (own / MANIFEST).unlink()  # as shards of other tools are: without checksums
         return open_source(own)
+
+
+class RemoteShards(SourceFault):
+    """Trains on what `OwnShards` wrote, fetched from a server: every source has a shard of the same name.
+
+    Args:
+        url: of the folder.
+        cache: where the copies go.
+    """
+
+    def __init__(self, url: str, cache: str) -> None:
+        self.url, self.cache = url, Path(cache)
+
+    def replaced(self, name: str, source: Source) -> Source:
+        return ShardSource(RemoteCache(self.cache).fetch([f"{self.url}/{name}/train-000000.tar"]), name=name)
 
 
 class PoisonedWeight(Callback):
