@@ -173,7 +173,7 @@ def test_hosts_that_are_not_named_are_refused(site: tuple[str, Path], cache: Pat
     Quiet.moved["/a.tar"] = f"{url.replace('127.0.0.1', 'localhost')}/b.tar"
     with pytest.raises(DataError, match=r"data\.remote\.hosts does not name 'localhost'"):
         open_source(f"{url}/a.tar", remote=RemoteSettings(hosts=["127.0.0.1"]))
-    assert Quiet.read == []
+    assert "/b.tar" not in Quiet.read
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ class Numbers(IterableDataset[int]):
         assert get_worker_info() is not None
         yield from range(3)
         if self.fault == "hang":
-            time.sleep(1e6)
+            time.sleep(2.5)  # its end is waited for
         elif self.fault == "die":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -42,7 +42,7 @@ class Reading:
 @pytest.mark.parametrize("fault", ["hang", "die"])
 def test_worker_that_brings_nothing_is_named_with_its_sample(fault: str) -> None:
     loader = StreamLoader(Reading())  # type: ignore[arg-type]
-    workers: Any = DataLoader(Numbers(fault), batch_size=None, num_workers=1, timeout=2)
+    workers: Any = DataLoader(Numbers(fault), batch_size=None, num_workers=1, timeout=1)
     found = []
     with pytest.raises(
         RunError, match=r"the data workers failed: DataLoader .*read: captions/train-0001\.tar:000012\."
