@@ -46,7 +46,7 @@ COMMANDS: dict[str, Command] = {
     "verify-resume": Command(
         "mmfuse.training.verify_resume", "main", "kill a run many times, compare with a whole one"
     ),
-    "chaos": Command("mmfuse.training.chaos", "main", "break a run in known ways and say whether it survives"),
+    "chaos": Command("mmfuse.training.chaos.command", "main", "break a run in known ways and say whether it survives"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -14,6 +15,7 @@ from mmfuse.data.workers import shield_worker
 from mmfuse.errors import ConfigError, RunError
 
 VERSION: Final = 1
+_DEATH: Final = re.compile(r"DataLoader worker \(pid(\(s\))? .*\) (is killed by signal|exited unexpectedly)")
 
 
 class StreamLoader:
@@ -48,13 +50,29 @@ class StreamLoader:
             worker_init_fn=shield_worker,
             **self._options,
         )
-        for number, batch in enumerate(loader, start=stream.start):
+        for number, batch in enumerate(self._watched(loader), start=stream.start):
             if isinstance(batch, Failure):
                 raise batch.error
             expected = number * stream.world + stream.rank
             if batch[ORIGIN]["batch"] != expected:
                 raise RunError(f"batch {batch[ORIGIN]['batch']} came where batch {expected} was due")
             yield batch
+
+    def _watched(self, loader: DataLoader[Any]) -> Iterator[Any]:
+        """The same batches; workers that die or hang end the run with what they were reading.
+
+        Errors of the data come as a `Failure`, so that what is raised here is about the workers themselves.
+        """
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if not loader.num_workers:
+                raise
+            places = [place for place in self.stream.reading() if place]
+            raise RunError(
+                f"the data workers failed: {error}. The last samples that they read: {', '.join(places) or 'none'}. "
+                "Continue with --ckpt_path last"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a loader runs ahead of the trainer; see `StreamProgress` for what was trained on.
@@ -187,6 +205,18 @@ def _with_other_batches(places: Sequence[Sequence[int]], before: int, now: int) 
         )
     batches = batches * now // before
     return [((batches - lane - 1) // count + 1, 0) for lane in range(count)]
+
+
+def worker_death(error: BaseException | None) -> RunError | None:
+    """What to say if `error` was raised because a worker process died, and None for any other one.
+
+    torch raises it from a signal handler, wherever the trainer is at that moment, as a plain `RuntimeError`.
+    """
+    while error is not None:
+        if type(error) is RuntimeError and _DEATH.match(str(error)):
+            return RunError(f"the data workers failed: {error} Out of memory? Continue with --ckpt_path last")
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _as_it_is(batch: Any) -> Any:

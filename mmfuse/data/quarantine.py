@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from mmfuse.errors import ConfigError, DataError, RunError, SourceError
 
@@ -70,6 +70,8 @@ class Quarantine:
         self.limit = limit
         self.read: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
+        #: Where a worker process says what it reads, for the message about one that hangs; shared memory.
+        self.notes: Any = None
         self._written: set[tuple[str, str]] = set()
 
     def attempt(self, source: str, key: str, make: Callable[[], T]) -> T | None:
@@ -85,6 +87,8 @@ class Quarantine:
 
     def check(self, source: str, key: str, make: Callable[[], T]) -> T | None:
         """As `attempt`, for a further step with a sample that was counted as read before."""
+        if self.notes is not None:
+            self.notes.value = f"{source}/{key}".encode()[: len(self.notes) - 1]
         try:
             return make()
         except SourceError:

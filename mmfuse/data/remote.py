@@ -211,5 +211,8 @@ def check_scheme(url: str) -> str:
 
 async def _is_private(host: str) -> bool:
     """Whether a host has any address that is not one of the public internet."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, None)
+    try:
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:  # a name
+        found = await asyncio.get_running_loop().getaddrinfo(host, None)
     return not all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_global for *_, address in found)

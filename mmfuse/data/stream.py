@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from multiprocessing.sharedctypes import RawArray
 from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from mmfuse.models.chat import EncodedSample
 TooLong = Literal["truncate", "drop", "error"]
 #: Under this key a batch says where it stands: an `Origin` as a plain dict.
 ORIGIN: Final = "origin"
+#: Bytes in which a worker says what it reads.
+_NOTE: Final = 512
 #: What a batch holds beside the inputs of the network.
 NO_INPUTS: Final = frozenset({"keys", ORIGIN})
 
@@ -287,12 +290,15 @@ class BatchStream(IterableDataset[dict[str, Any]]):
                 f"stream.lanes as a multiple of {readers}"
             )
         self.plan, self.encoding, self.rank, self.world, self.start = plan, encoding, rank, world, start
+        self._notes = [RawArray("c", _NOTE) for _ in range(workers)]
         self.lanes = list(lanes) if lanes is not None else first_places(plan.lanes)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield batches; an error of the data is yielded, too, so that its message comes through from a worker."""
         worker = get_worker_info()
         own, all_ = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        if worker is not None:
+            self.encoding.quarantine.notes = self._notes[own]
         stage, open_lanes = -1, dict[int, _Lane]()
         for number in range(self.start + own, len(self.plan) // self.world, all_):
             batch = number * self.world + self.rank
@@ -307,6 +313,10 @@ class BatchStream(IterableDataset[dict[str, Any]]):
             except (DataError, ConfigError, RunError, OSError) as error:
                 yield Failure(error)
                 return
+
+    def reading(self) -> list[str]:
+        """What each worker read last, as `source/key`."""
+        return [bytes(note.value).decode(errors="replace") for note in self._notes]
 
     def _batch(self, number: int, stage: int, lane: int, opened: _Lane) -> dict[str, Any]:
         rows, counts = list[list[Drawn]](), Counter[str]()

@@ -19,7 +19,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from mmfuse.errors import ConfigError, DataError
+from mmfuse.data.loader import worker_death
+from mmfuse.errors import ConfigError, DataError, RunError
 from mmfuse.eval.results import write_text_atomically
 from mmfuse.training.callbacks import ModelSummary, StepMetrics, StepSeeds, progress_callback
 from mmfuse.training.checkpoints import (
@@ -293,6 +294,10 @@ def _parsed(kind: type[MultimodalCLI], argv: Sequence[str], *, run: bool) -> Mul
         return kind(argv, run=run)
     except ArgumentError as error:
         raise ConfigError(explain_mistake(str(error), schema, words)) from error
+    except RuntimeError as error:
+        if not isinstance(error, RunError) and (death := worker_death(error)) is not None:
+            raise death from error
+        raise
     except ValueError as error:
         # jsonargparse wraps what a class says about its arguments, and repeats all of them.
         raise user_error(error) or error from None

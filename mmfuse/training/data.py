@@ -284,6 +284,7 @@ class HandwritingData(MultimodalData):
         eval_batch_size: samples in a batch of validation and test.
         num_workers: processes that read and encode; 0 does it in the main one.
         seed: of the order of samples.
+        budget: how large a file may be, checked before it is decoded.
     """
 
     def __init__(
@@ -296,6 +297,7 @@ class HandwritingData(MultimodalData):
         eval_batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
+        budget: Budget = DEFAULT_BUDGET,
     ) -> None:
         folder = (Path(cache) if cache is not None else cache_directory()) / f"handwriting-{scenes.fingerprint()}"
         parts = {part: SourceSpec(str(folder / f"{part}-*.tar")) for part in ("align", "instruct", "val", "test")}
@@ -309,6 +311,7 @@ class HandwritingData(MultimodalData):
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
             seed=seed,
+            budget=budget,
         )
         self.folder = folder
         self.scenes = scenes

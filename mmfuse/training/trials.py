@@ -37,6 +37,11 @@ class Trial:
                 command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=before
             )
 
+    @property
+    def pid(self) -> int:
+        """Of the first process, rank 0."""
+        return self._process.pid
+
     def wait(self, seconds: float = 86400.0) -> int:
         """Return the exit code; a signal's number is negative."""
         return self._process.wait(seconds)

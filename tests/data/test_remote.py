@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
 import http.server
 import io
@@ -18,13 +20,28 @@ from mmfuse.errors import ConfigError, DataError
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder and notes what was read."""
+    """Serves a folder, notes what was read, and sends on what is in `moved`."""
 
     read: list[str]
+    moved: dict[str, str]
 
     def do_GET(self) -> None:
         type(self).read.append(self.path)
-        super().do_GET()
+        if not self.is_moved():
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if not self.is_moved():
+            super().do_HEAD()
+
+    def is_moved(self) -> bool:
+        target = type(self).moved.get(self.path)
+        if target is not None:
+            self.send_response(302)
+            self.send_header("Location", target)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        return target is not None
 
     def log_message(self, *args: object) -> None:
         """Nothing."""
@@ -35,7 +52,7 @@ def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A URL, and the folder that lies behind it."""
     folder = tmp_path / "site"
     folder.mkdir()
-    Quiet.read = []
+    Quiet.read, Quiet.moved = [], {}
     handler = functools.partial(Quiet, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -118,3 +135,67 @@ def test_cache_keeps_to_its_limit_and_drops_the_oldest(site: tuple[str, Path], t
     assert not first.exists() and second.exists() and third.exists()
     with pytest.raises(ConfigError, match="3 remote shards have 30,720 bytes, the cache may hold 25,000"):
         held.fetch([f"{url}/{name}.tar" for name in "abc"])
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("file:///etc/passwd", "refused to be sent on to file:///etc/passwd: file: is not allowed there"),
+        ("ftp://127.0.0.1/a.tar", "ftp: is not allowed there"),
+        ("{local}/b.tar", "'localhost' is in a private network; data.remote.hosts can allow it"),
+        ("http://169.254.169.254/latest/b.tar", "'169.254.169.254' is in a private network"),
+    ],
+)
+def test_redirects_lead_nowhere_else(target: str, says: str, site: tuple[str, Path], cache: Path) -> None:
+    url, folder = site
+    write_shard(folder / "b.tar", "another one")
+    Quiet.moved["/a.tar"] = target.replace("{local}", url.replace("127.0.0.1", "localhost"))
+    with pytest.raises(DataError, match="refused to be sent on") as raised:
+        open_source(f"{url}/a.tar")
+    assert says in str(raised.value) and "/b.tar" not in Quiet.read
+
+
+def test_redirects_within_bounds_are_followed(site: tuple[str, Path], cache: Path) -> None:
+    url, folder = site
+    write_shard(folder / "b.tar", "moved")
+    Quiet.moved["/a.tar"] = "/b.tar"
+    assert open_source(f"{url}/a.tar")[0].text == "moved"
+    Quiet.moved["/c.tar"] = f"{url.replace('127.0.0.1', 'localhost')}/b.tar"
+    both = RemoteSettings(hosts=["127.0.0.1", "local*"])
+    assert open_source(f"{url}/c.tar", remote=both)[0].text == "moved"
+
+
+def test_hosts_that_are_not_named_are_refused(site: tuple[str, Path], cache: Path) -> None:
+    url, folder = site
+    write_shard(folder / "b.tar", "text")
+    with pytest.raises(DataError, match=r"data may not come from '127\.0\.0\.1', see data\.remote\.hosts"):
+        open_source(f"{url}/b.tar", remote=RemoteSettings(hosts=["*.example.org"]))
+    Quiet.moved["/a.tar"] = f"{url.replace('127.0.0.1', 'localhost')}/b.tar"
+    with pytest.raises(DataError, match=r"data\.remote\.hosts does not name 'localhost'"):
+        open_source(f"{url}/a.tar", remote=RemoteSettings(hosts=["127.0.0.1"]))
+    assert "/b.tar" not in Quiet.read
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "allowed"),
+    [
+        ("https://a.org/x.tar", "http://a.org/x.tar", False),
+        ("http://a.org/x.tar", "https://a.org/x.tar", True),
+        ("https://a.org/x.tar", "https://10.1.2.3/x.tar", False),
+        ("https://a.org/x.tar", "https://[::1]/x.tar", False),
+        ("https://a.org/x.tar", "https://93.184.216.34/x.tar", True),
+    ],
+)
+def test_rules_of_redirects(before: str, after: str, allowed: bool, tmp_path: Path) -> None:
+    """By numbers, which need no name server."""
+    check = RemoteCache(tmp_path)._check_redirect(before, after)
+    with contextlib.nullcontext() if allowed else pytest.raises(DataError):
+        asyncio.run(check)
+
+
+def test_size_of_the_cache_is_a_setting(site: tuple[str, Path], cache: Path) -> None:
+    write_shard(site[1] / "a.tar", "text")
+    with pytest.raises(ConfigError, match=r"have 10,240 bytes, the cache may hold 5,000 \(data.remote.cache_bytes\)"):
+        open_source(f"{site[0]}/a.tar", remote=RemoteSettings(cache_bytes=5000))
+    with pytest.raises(ConfigError, match=r"remote\.cache_bytes must be at least 1, got 0"):
+        RemoteSettings(cache_bytes=0)

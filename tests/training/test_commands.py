@@ -45,7 +45,7 @@ def test_generate_with_beams_marks_and_without_image(mmfuse: Command, finished: 
     ("words", "said"),
     [
         (["--image", "gone.png", "--prompt", "x"], ["gone.png", "no such file"]),
-        (["--image", "text.png", "--prompt", "x"], ["text.png", "cannot be read as an image"]),
+        (["--image", "text.png", "--prompt", "x"], ["text.png", "cannot read this image"]),
         (["--prompt", "a <image> that is not given"], ["1 <image> placeholders", "0 images"]),
         (["--imge", "x.png", "--prompt", "x"], ["--imge", "--image"]),
         (["--max_new", "3", "--prompt", "x"], ["--max_new", "--max_new_tokens"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmfuse.training.callbacks import hashed_seed
+from mmfuse.training.callbacks import StepSeeds, hashed_seed
 from mmfuse.training.checkpoints import read_checkpoint
 from mmfuse.training.module import MultimodalModule
 
@@ -36,6 +37,24 @@ def test_seeds_are_those_of_earlier_versions() -> None:
     """Another hash would make every run that goes on another one."""
     assert hashed_seed(0, 0, 0, 0) == 8000154919901005727
     assert hashed_seed(1, 2, 3, 4) == 2930429999423258495
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_batch_draws_the_same_on_any_number_of_ranks(ranks: int) -> None:
+    """Four batches a step, numbered as the plan deals them out: batch `micro * ranks + rank` to a rank."""
+
+    def drawn(world: int) -> dict[int, float]:
+        found = {}
+        for rank in range(world):
+            seeds = StepSeeds(7)
+            for number in range(0, 12, world):
+                trainer = SimpleNamespace(global_step=number // 4, world_size=world, global_rank=rank)
+                seeds.on_train_batch_start(trainer, None, None, number // world)  # type: ignore[arg-type]
+                found[number + rank] = float(torch.rand(()))
+        return found
+
+    one, other = drawn(1), drawn(ranks)
+    assert one == other and len(set(one.values())) == 12
 
 
 @pytest.mark.parametrize(("workers", "accumulate"), [(0, 2), pytest.param(1, 1, marks=pytest.mark.slow)])

@@ -11,7 +11,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from mmfuse.data.decoders import DEFAULT_BUDGET, Budget
 from mmfuse.data.remote import RemoteCache, RemoteSettings, check_scheme
@@ -130,7 +130,7 @@ def expand_braces(pattern: str) -> list[str]:
     """
     try:
         return list(braceexpand(pattern, escape=False))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise DataError(f"{pattern}: braces do not match") from error
 
 

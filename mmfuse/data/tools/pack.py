@@ -190,7 +190,7 @@ def picture_ending(data: bytes, where: str) -> str:
     Raises:
         DataError: no picture, or of a format that is not read.
     """
-    names = {kind: ending for ending, kind in reversed(PICTURES.items())}
+    names = {kind: ending for ending, kind in reversed(list(PICTURES.items()))}
     # Phones store a thumbnail or a depth map behind a JPEG.
     return names.get(str(picture_header(data, where).format), "jpg")
 

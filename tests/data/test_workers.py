@@ -1,0 +1,75 @@
+"""Worker processes that die or hang end the run with a message, and what they were reading is named."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mmfuse.data.loader import StreamLoader, worker_death
+from mmfuse.data.quarantine import Quarantine
+from mmfuse.errors import RunError
+
+
+class Numbers(IterableDataset[int]):
+    """0, 1, 2 from one worker, which then does as it is told."""
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def __iter__(self) -> Iterator[int]:
+        assert get_worker_info() is not None
+        yield from range(3)
+        if self.fault == "hang":
+            time.sleep(2.5)  # its end is waited for
+        elif self.fault == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Reading:
+    """A stream of which the loader asks what it reads."""
+
+    @staticmethod
+    def reading() -> list[str]:
+        return ["captions/train-0001.tar:000012", ""]
+
+
+@pytest.mark.parametrize("fault", ["hang", "die"])
+def test_worker_that_brings_nothing_is_named_with_its_sample(fault: str) -> None:
+    loader = StreamLoader(Reading())  # type: ignore[arg-type]
+    workers: Any = DataLoader(Numbers(fault), batch_size=None, num_workers=1, timeout=1)
+    found = []
+    with pytest.raises(
+        RunError, match=r"the data workers failed: DataLoader .*read: captions/train-0001\.tar:000012\."
+    ):
+        for number in loader._watched(workers):
+            found.append(int(number))
+    assert found[:1] == [0] and found == list(range(len(found)))
+
+
+def test_death_is_told_from_other_errors() -> None:
+    def raised(message: str) -> RuntimeError:
+        error = RuntimeError("outer")
+        error.__cause__ = RuntimeError(message)
+        return error
+
+    said = worker_death(raised("DataLoader worker (pid 77) is killed by signal: Killed. "))
+    assert said is not None and "the data workers failed: DataLoader worker (pid 77) is killed" in str(said)
+    assert worker_death(raised("DataLoader worker (pid(s) 7, 8) exited unexpectedly")) is not None
+    assert worker_death(raised("shapes do not match")) is None
+
+
+def test_a_worker_notes_what_it_reads() -> None:
+    from multiprocessing.sharedctypes import RawArray
+
+    bad = Quarantine(None)
+    bad.notes = RawArray("c", 16)
+    bad.attempt("a", "key", lambda: 1)
+    assert bad.notes.value == b"a/key"
+    bad.attempt("a", "k" * 100, lambda: 1)
+    assert bad.notes.value == b"a/" + b"k" * 13
