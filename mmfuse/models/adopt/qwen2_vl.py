@@ -14,7 +14,7 @@ from mmfuse.models.adopt.base import Adapter, Inputs, inner
 
 
 class Qwen2VL(Adapter):
-    """Pixels are patches `[patches, channels · time · height · width]`; `image_grid_thw` counts them. No videos."""
+    """Qwen2-VL: pixels are patches `[patches, channels · time · height · width]`; `image_grid_thw` counts them. No videos."""
 
     image_inputs = ("pixel_values", "image_grid_thw")
     token_inputs = ("mm_token_type_ids",)
