@@ -43,7 +43,8 @@ def resolve_strategies(text: str, configs: Sequence[str], assignments: Sequence[
     """The strategies of `--fusion`, with the settings that each resolves to.
 
     Args:
-        text: names of `FUSIONS`, `native` for an adopted model, or YAML files that overlay the config, separated by commas.
+        text: names of `FUSIONS`, `native` for an adopted model, or YAML files that overlay the config, separated by
+            commas.
         configs: files of `--config`.
         assignments: the values of `--set`.
 
