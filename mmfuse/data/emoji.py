@@ -101,7 +101,7 @@ class Concept:
         return next((kind for start, kind in _KINDS.items() if self.group.startswith(start)), None)
 
 
-def write_pictures(packages: Path, folder: Path, *, concepts: int = 200, new: int = 25, seed: int = 0) -> None:
+def write_pictures(packages: Path, folder: Path, *, concepts: int = 75, new: int = 15, seed: int = 0) -> None:
     """Write images and questions.
 
     Args:
@@ -196,7 +196,7 @@ def _file(concept: Concept, artist: str) -> str:
 
 
 def _caption(concept: Concept, artist: str) -> dict[str, Any]:
-    return _chat(concept, artist, "", concept.name)
+    return {"text": f"<image>{concept.name}", "images": [_file(concept, artist)]}
 
 
 def _chat(concept: Concept, artist: str, question: str, answer: str, **more: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def load_adapter(model: MultimodalLM, folder: Path) -> AdapterPlan:
     config, weights = _read(folder)
     given = _inner_keys(model, folder, weights)
     modules = dict(model.named_modules())
-    saved = [_inside(model) + name for name in config.modules_to_save or []]
+    saved = [_inner_name(model, name) for name in config.modules_to_save or []]
     full = tuple(path for path in modules if any(path == name or path.endswith(f".{name}") for name in saved))
     config.modules_to_save = None
     if not has_adapter(model):
@@ -121,6 +121,11 @@ def _inside(model: MultimodalLM) -> str:
     return "vlm." if hasattr(model, "vlm") else ""
 
 
+def _inner_name(model: MultimodalLM, path: str) -> str:
+    """The path here of what has the name `path` in the base's own class; a strategy's own modules have no other."""
+    return path if path.partition(".")[0] == "fusion" else _inside(model) + path
+
+
 def _name_inside(model: MultimodalLM, config: LoraConfig) -> None:
     """Name the targets of a saved config as the modules are named here."""
     prefix = _inside(model)
@@ -129,11 +134,10 @@ def _name_inside(model: MultimodalLM, config: LoraConfig) -> None:
 
 
 def _inner_keys(model: MultimodalLM, folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    inside = _inside(model)
     for key in weights:
         if not key.startswith(_PREFIX):
             raise ConfigError(f"{folder}: {key} is no key of PEFT's, which begin with {_PREFIX}")
-    return {inside + key.removeprefix(_PREFIX): value for key, value in weights.items()}
+    return {_inner_name(model, key.removeprefix(_PREFIX)): value for key, value in weights.items()}
 
 
 def _with_adapter_name(weights: Mapping[str, Tensor], full: tuple[str, ...]) -> dict[str, Tensor]:

@@ -117,13 +117,14 @@ def list_(argv: Sequence[str]) -> int:
         raise ConfigError(unknown("kind", options.kind, kinds))
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     for kind in [options.kind] if options.kind else kinds:
         table = Table(title=kind, title_justify="left", box=None, show_header=False, pad_edge=False)
         table.add_column(no_wrap=True, min_width=22)
         table.add_column()
         for name, meaning in kinds[kind].items():
-            table.add_row(f"  {name}", meaning)
+            table.add_row(f"  {name}", Text(meaning))
         Console().print(table, end="\n\n" if not options.kind else "\n")
     return 0
 
@@ -132,6 +133,7 @@ def available() -> dict[str, dict[str, str]]:
     """For each kind of part the names that a config may use, each with a line about it."""
     from mmfuse.fusion import FUSIONS
     from mmfuse.kernels import BACKEND_NAMES
+    from mmfuse.models.adopt.families import ADAPTERS
     from mmfuse.models.config import DECODER_FAMILIES
     from mmfuse.models.connectors import CONNECTORS
     from mmfuse.models.encoders import ENCODERS
@@ -142,10 +144,15 @@ def available() -> dict[str, dict[str, str]]:
         "encoders": _first_lines(ENCODERS),
         "connectors": _first_lines(CONNECTORS),
         "decoders": dict.fromkeys(DECODER_FAMILIES, "a Hugging Face decoder, by its model_type"),
+        "models to adopt": {name: _first_line(type(adapter)) for name, adapter in ADAPTERS.items()},
         "data": _first_lines({cls.__name__: cls for cls in (HandwritingData, MultimodalData)}),
         "attention backends": dict.fromkeys(BACKEND_NAMES, ""),
     }
 
 
 def _first_lines(classes: Mapping[str, type]) -> dict[str, str]:
-    return {name: (cls.__doc__ or "").strip().split("\n")[0] for name, cls in classes.items()}
+    return {name: _first_line(cls) for name, cls in classes.items()}
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n")[0]

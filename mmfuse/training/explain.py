@@ -57,12 +57,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def first_batch(module: MultimodalModule, data: MultimodalData, stage: int) -> dict[str, Any]:
-    """The first training batch of a stage, as the fit will see it."""
+    """The first training batch of a stage, with the map of its tokens."""
+    with torch.no_grad():
+        return module.network.prepared(collated_batch(module, data, stage))
+
+
+def collated_batch(module: MultimodalModule, data: MultimodalData, stage: int) -> dict[str, Any]:
+    """The first training batch of a stage, as the loader gives it."""
     plan = data.plan()
     stream = BatchStream(plan, data.encoding(module.processor), start=plan.starts[stage])
-    batch = next(iter(StreamLoader(stream)))
-    with torch.no_grad():
-        return module.network.prepared(batch)
+    return next(iter(StreamLoader(stream)))
 
 
 def batch_table(batch: dict[str, Any]) -> Table:

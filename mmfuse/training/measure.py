@@ -26,10 +26,10 @@ from mmfuse.fusion import Fusion
 from mmfuse.models import MultimodalLM, MultimodalProcessor
 from mmfuse.training.cli import parse_and_build
 from mmfuse.training.data import MultimodalData
-from mmfuse.training.explain import first_batch
+from mmfuse.training.explain import collated_batch
 from mmfuse.training.inference import load_model
 from mmfuse.training.module import MultimodalModule
-from mmfuse.training.reporting import MODEL
+from mmfuse.training.reporting import ADAPTER, MODEL
 
 #: A backward pass computes two products for each of the forward pass: gradients of inputs, and of weights.
 TRAINING_PASSES = 3
@@ -80,7 +80,8 @@ def measure_run(folder: Path, *, samples: int = 16) -> Cost:
     mean = sum(count * flops for count, flops in zip(steps, by_stage, strict=True)) / sum(steps)
     questions = data.sources["test"]
     chosen = [questions[number] for number in range(min(samples, len(questions)))]
-    return Cost(mean, measure_generation(*load_model(folder / MODEL), chosen))
+    saved = folder / (MODEL if module.plan is None else ADAPTER)
+    return Cost(mean, measure_generation(*load_model(saved), chosen))
 
 
 def training_flops(module: MultimodalModule, data: MultimodalData) -> list[float]:
@@ -92,8 +93,8 @@ def training_flops(module: MultimodalModule, data: MultimodalData) -> list[float
     """
     found = []
     for number, fusion in enumerate(module.stage_fusions):
-        batch = first_batch(module, data, number)
-        size = batch["input_ids"].shape[0]
+        batch = collated_batch(module, data, number)
+        size = len(batch["keys"])
         inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
         found.append(TRAINING_PASSES * forward_flops(module.network, inputs, fusion) / size)
     return found
@@ -109,7 +110,8 @@ def forward_flops(model: MultimodalLM, inputs: dict[str, Any], fusion: Fusion | 
     """
     counter = FlopCounterMode(display=False)
     with evaluation_mode(model), torch.no_grad(), _countable_attention(model), counter:
-        model(**inputs, return_logits=False, fusion=fusion)
+        # An adopted model sends its images through the tower when it prepares the batch.
+        model(**model.prepared(inputs), return_logits=False, fusion=fusion)
     return int(counter.get_total_flops())
 
 
@@ -161,7 +163,7 @@ def measure_generation(
 def _answer(model: MultimodalLM, inputs: dict[str, Any], new_tokens: int) -> tuple[float, int, list[float]]:
     """Seconds of the prefill, bytes of its cache, and seconds of each token behind it."""
     output, prefill = _timed(model, inputs)
-    size, tokens = cache_bytes(output.past_key_values), inputs["tokens"]
+    size, tokens = cache_bytes(output.past_key_values), model.prepared(inputs)["tokens"]
     seconds = []
     for _ in range(new_tokens):
         tokens = tokens.append(1)
@@ -174,7 +176,7 @@ def _answer(model: MultimodalLM, inputs: dict[str, Any], new_tokens: int) -> tup
 def _timed(model: MultimodalLM, inputs: dict[str, Any]) -> tuple[Any, float]:
     _wait_for(model.device)
     begun = time.perf_counter()
-    output = model(**inputs, use_cache=True, logits_to_keep=1)
+    output = model(**model.prepared(inputs), use_cache=True, logits_to_keep=1)
     _wait_for(model.device)
     return output, time.perf_counter() - begun
 

@@ -83,7 +83,7 @@ def test_artists_and_concepts_are_held_out(packages: Path, tmp_path: Path) -> No
     assert taught == {chat["images"][0] for chat in captions}
     assert all("-fluent" not in name for name in taught)
     assert all("-fluent.png" in chat["images"][0] for chat in test)
-    trained = {asked(chat)[1] for chat in captions}
+    trained = {chat["text"].removeprefix("<image>") for chat in captions}
     assert len(trained) == 4 and trained < {"cat", "dog", "owl", "apple", "key", "bus"}
     for chat in test:
         concept = chat["images"][0].removeprefix("images/").removesuffix("-fluent.png")

@@ -26,6 +26,7 @@ from mmfuse.models.lora import (
     remove_adapter,
 )
 from mmfuse.testing import FAMILIES, tiny_batch, tiny_model
+from mmfuse.testing.vlms import tiny_vlm
 
 HAS_BNB = importlib.util.find_spec("bitsandbytes") is not None
 
@@ -153,6 +154,23 @@ def test_vanilla_peft_loads_it_onto_our_class(kind: str, fusion: str, tmp_path: 
     remove_adapter(ours, merge=True)
     assert type(ours.get_submodule(plan.linear[0])) is nn.Linear
     torch.testing.assert_close(ours(**batch).logits, model(**batch).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("fusion", ["native", "mma", "saisa", "naavit"])
+def test_an_adapter_of_an_adopted_model_comes_back(fusion: str, tmp_path: Path) -> None:
+    """Names are those of the original class, but for modules that only the strategy has."""
+    vlm, _ = tiny_vlm("llava")
+    model = MultimodalLM.from_vlm(vlm, fusion)
+    batch = tiny_batch(model)
+    plan = adapted(model, ("connector", "decoder", "fusion"))
+    train(model.train(), batch)
+    save_adapter(model.eval(), tmp_path, plan)
+    again = MultimodalLM.from_vlm(vlm, fusion)
+    plain = again(**batch).logits
+    loaded = load_adapter(again, tmp_path)
+    assert (set(loaded.linear), set(loaded.full)) == (set(plan.linear), set(plan.full))
+    assert torch.equal(again.eval()(**batch).logits, model(**batch).logits)
+    assert (again(**batch).logits - plain).abs().max() > 1e-2
 
 
 def test_what_peft_saved_loads_here(tmp_path: Path) -> None:

@@ -153,3 +153,26 @@ def test_mistakes_in_chats() -> None:
         encoder.encode_messages([{"role": "human", "content": "what ?"}])
     with pytest.raises(ValueError, match="tuned on chats"):
         encoder.encode_document("a cat")
+
+
+@pytest.mark.slow
+def test_compared_under_other_fusions(mmfuse: Callable[..., Any], tmp_path: Path) -> None:
+    """One model and adapter, healed under each strategy, in one table."""
+    vlm, processor = tiny_vlm("llava")
+    vlm.save_pretrained(tmp_path / "vlm")
+    processor.save_pretrained(tmp_path / "vlm")
+    write_chats(tmp_path, turns=2)
+    config = config_of(tmp_path / "vlm", tmp_path)
+    config["stages"][0].update(steps=2, lr={"decoder": 1e-2, "connector": 1e-3, "fusion": 1e-3})
+    (tmp_path / "tune.yaml").write_text(json.dumps(config))
+    ran = mmfuse("compare", "--config", "tune.yaml", "--fusion", "native,mma,saisa", "--out", "compared")
+    assert ran.code == 0, ran.err
+    rows = json.loads((tmp_path / "compared" / "compare.json").read_text())["strategies"]
+    assert [row["label"] for row in rows] == ["native", "mma", "saisa"]
+    flops = {row["label"]: row["cost"]["train_flops_per_sample"] for row in rows}
+    assert flops["native"] > flops["saisa"] > 0
+
+    config["model"]["network"] = {"decoder": {"model_type": "llama"}}
+    (tmp_path / "parts.yaml").write_text(json.dumps(config))
+    refused = mmfuse("compare", "--config", "parts.yaml", "--fusion", "native", "--out", "again")
+    assert refused.code == 2 and "the config has no network.vlm" in refused.err

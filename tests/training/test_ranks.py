@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmfuse.training.checkpoints import read_checkpoint
 
@@ -74,6 +75,24 @@ def test_two_ranks_train_like_one_with_twice_the_batch(
     keys = [[json.loads(line)["key"] for line in each] for each in lines]
     assert keys[0] == keys[1], "answers of both ranks, in the order of the questions"
     assert read_json(two / "results.json")["n"] == 28
+
+
+def test_two_ranks_train_an_adapter_like_one(
+    mmfuse: Command, write_config: WriteConfig, tmp_path: Path, read_rows: ReadRows
+) -> None:
+    """Checkpoints and the exported adapter are of what trains alone, whoever writes them."""
+    adapter = {"kind": "lora", "r": 4, "targets": ["decoder.attention", "encoder.image"]}
+    config = write_config({"model": {"adapter": adapter}, "trainer": {"val_check_interval": 8}})
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert mmfuse("fit", "--config", config, "--out", one, "--data.batch_size", "16").code == 0
+    ran = run(["fit", "--config", config, "--out", two, "--data.batch_size", "8", *DDP])
+    assert ran.returncode == 0, ran.stderr
+    same_numbers(one, two, read_rows)
+    assert any("lora_" in name for name in weights(two))
+    saved, expected = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (two, one))
+    assert saved.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(saved[name], value, rtol=1e-2, atol=2e-3, msg=name)
 
 
 def test_two_ranks_resume(write_config: WriteConfig, tmp_path: Path, read_rows: ReadRows, mmfuse: Command) -> None:

@@ -13,7 +13,7 @@ from mmfuse.models.adopt.base import Adapter, inner
 
 
 class Idefics3(Adapter):
-    """Pixels come by sample, padded with empty images: `[B, images, 3, H, W]`."""
+    """Idefics3 and SmolVLM: pixels come by sample, padded with empty images: `[B, images, 3, H, W]`."""
 
     image_inputs = ("pixel_values", "pixel_attention_mask")
     fixed_length = False

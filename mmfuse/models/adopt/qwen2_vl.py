@@ -14,7 +14,10 @@ from mmfuse.models.adopt.base import Adapter, Inputs, inner
 
 
 class Qwen2VL(Adapter):
-    """Pixels are patches `[patches, channels · time · height · width]`; `image_grid_thw` counts them. No videos."""
+    """Qwen2-VL: images as flat patches, M-RoPE. No videos.
+
+    Pixels are patches `[patches, channels · time · height · width]`; `image_grid_thw` counts them.
+    """
 
     image_inputs = ("pixel_values", "image_grid_thw")
     token_inputs = ("mm_token_type_ids",)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.fusion import FUSIONS
+from mmfuse.models.adopt import NATIVE
 from mmfuse.training.cli import resolved_settings
 
 #: What a strategy's own file may change: the fusion, and how the parts of the model learn.
@@ -42,7 +43,8 @@ def resolve_strategies(text: str, configs: Sequence[str], assignments: Sequence[
     """The strategies of `--fusion`, with the settings that each resolves to.
 
     Args:
-        text: names of `FUSIONS`, or YAML files that overlay the config, separated by commas.
+        text: names of `FUSIONS`, `native` for an adopted model, or YAML files that overlay the config, separated by
+            commas.
         configs: files of `--config`.
         assignments: the values of `--set`.
 
@@ -57,6 +59,8 @@ def resolve_strategies(text: str, configs: Sequence[str], assignments: Sequence[
     config = resolved_settings([*common, *changes])
     if config["data"]["init_args"].get("test", _ABSENT) is None:
         raise ConfigError("data.init_args.test is not set: there are no held-out questions to compare strategies by")
+    if NATIVE in choices and config["model"]["network"].get("vlm") is None:
+        raise ConfigError(f"--fusion {NATIVE} is what an adopted model computes, and the config has no network.vlm")
     strategies = []
     for label, own in choices.items():
         # `--set` is the user's last word, also over a strategy's file.
@@ -79,8 +83,8 @@ def parse_choices(text: str) -> dict[str, tuple[str, str]]:
         is_file = file.suffix in (".yaml", ".yml")
         if is_file and not file.is_file():
             raise FileNotFoundError(f"--fusion {entry}: there is no such file")
-        if not is_file and entry not in FUSIONS:
-            raise ConfigError(f"--fusion: {unknown('fusion', entry, FUSIONS)} (a file ends in .yaml)")
+        if not is_file and entry not in (*FUSIONS, NATIVE):
+            raise ConfigError(f"--fusion: {unknown('fusion', entry, (*FUSIONS, NATIVE))} (a file ends in .yaml)")
         label = file.stem if is_file else entry
         if label in choices:
             raise ConfigError(f"--fusion: two strategies are called {label!r}")
