@@ -8,11 +8,13 @@ from mmfuse.eval.scorers.classes import ave, classification, music_avqa
 from mmfuse.eval.scorers.documents import anls, chartqa
 from mmfuse.eval.scorers.exact import exact_match
 from mmfuse.eval.scorers.grounding import refcoco
-from mmfuse.eval.scorers.mathvista import mathvista
+from mmfuse.eval.scorers.ifeval import ifeval
+from mmfuse.eval.scorers.judges import llava_bench, llava_prompt, mm_vet, mm_vet_prompt, template_prompt
+from mmfuse.eval.scorers.mathvista import mathvista, mathvista_prompt
 from mmfuse.eval.scorers.mmmu import mmmu
 from mmfuse.eval.scorers.signals import events, retrieval
 from mmfuse.eval.scorers.speech import asr
-from mmfuse.eval.scorers.task import PROTOCOLS, TaskScorer
+from mmfuse.eval.scorers.task import PROTOCOLS, Judge, TaskScorer
 from mmfuse.eval.scorers.vqa import evalai_people, gqa, textvqa, vqav2
 
 _ANY: tuple[TaskScorer, ...] = (
@@ -86,7 +88,10 @@ _MULTIPLE_CHOICE = (
     TaskScorer("mathvista", mathvista, "accuracy", ("question_type", "answer_type"),
         ("choices", "precision", "extraction", "task", "skills", "image", "cluster"), ("official", "rules"),
         "the answer, as text", data="huggingface.co/datasets/AI4Math/MathVista", licence="CC-BY-SA-4.0",
-        paper="2310.02255", aliases=("mathvista_mini", "mathvista_testmini"), judged=True),
+        paper="2310.02255", aliases=("mathvista_mini", "mathvista_testmini"),
+        judge=Judge(mathvista_prompt,
+            {"prompt": "the text of demo_prompt in evaluation/prompts/ext_ans.py of github.com/lupantech/MathVista"},
+            "extraction")),
     TaskScorer("mmvp", choices.mmvp, "pair_accuracy", (), ("pair", "index", *_OPTIONS), _HARNESSES, "a letter",
         data="huggingface.co/datasets/MMVP/MMVP", licence="MIT", paper="2401.06209"),
 )  # fmt: skip
@@ -100,8 +105,11 @@ _YES_NO = (
         paper="2306.13394"),
     TaskScorer("hallusionbench", yesno.hallusionbench, "accuracy", (),
         ("judgement", "category", "subcategory", "set_id", "figure_id", "question_id", "index"),
-        ("vlmevalkit", "official"), "yes or no", data="github.com/tianyi-lab/HallusionBench",
-        licence="BSD-3-Clause", paper="2310.14566", aliases=("hallusion_bench", "hallusion_bench_image")),
+        ("vlmevalkit", "official", "substitute"), "yes or no", data="github.com/tianyi-lab/HallusionBench",
+        licence="BSD-3-Clause", paper="2310.14566", aliases=("hallusion_bench", "hallusion_bench_image"),
+        judge=Judge(template_prompt,
+            {"prompt": "the prompt of evaluate_by_chatgpt in utils.py of github.com/tianyi-lab/HallusionBench, with "
+            "{question}, {gt_answer_details} and {prediction} where it puts them"})),
     TaskScorer("amber_discriminative", yesno.amber_discriminative, "accuracy", (), ("type", "image", "cluster"),
         ("official", "vlmevalkit"), "yes or no", data="github.com/junyangwang0410/AMBER", licence="Apache-2.0",
         paper="2311.07397", aliases=("amber_d",)),
@@ -132,6 +140,9 @@ _CAPTIONS = (
 )  # fmt: skip
 
 _SIGNALS = (
+    TaskScorer("ifeval", ifeval, "prompt_level_strict_acc", ("instruction_id_list", "kwargs"), ("cluster",),
+        ("official",), "nothing", data="huggingface.co/datasets/google/IFEval", licence="Apache-2.0",
+        paper="2311.07911"),
     TaskScorer("asr", asr, "wer", (), ("speaker", "split", "cluster"),
         ("whisper_no_spelling", "whisper", "whisper_basic", "plain"), "the transcript", takes_resources=True,
         data="openslr.org/12 (LibriSpeech), or any", licence="CC-BY-4.0 (LibriSpeech)", paper="2212.04356",
@@ -154,8 +165,21 @@ _SIGNALS = (
         aliases=("seizure_events", "szcore")),
 )  # fmt: skip
 
+_JUDGED = (
+    TaskScorer("llava_bench", llava_bench, "relative_score", ("judgement", "judge"),
+        ("category", "caption", "question", "image", "cluster"), ("official", "substitute"), "the reference answer",
+        data="huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild", paper="2304.08485",
+        aliases=("llava_w", "llavabench", "llava_in_the_wild"),
+        judge=Judge(llava_prompt, {"rule": "llava/eval/table/rule.json of github.com/haotian-liu/LLaVA"})),
+    TaskScorer("mm_vet", mm_vet, "score", ("judgement", "judge"), ("capability", "question", "image", "cluster"),
+        ("official", "substitute"), "the answer, with <AND> and <OR>", data="github.com/yuweihao/MM-Vet",
+        licence="Apache-2.0", paper="2308.02490", aliases=("mmvet",),
+        judge=Judge(mm_vet_prompt,
+            {"prompt": "the text of `prompt` in mm-vet_evaluator.py of github.com/yuweihao/MM-Vet"})),
+)  # fmt: skip
+
 #: All entries.
-ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO, *_CAPTIONS, *_SIGNALS)
+ENTRIES = (*_ANY, *_SHORT_ANSWERS, *_MULTIPLE_CHOICE, *_YES_NO, *_CAPTIONS, *_SIGNALS, *_JUDGED)
 
 #: What people ask for that is not there, with the reason.
 REFUSED = {

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mmfuse.errors import ConfigError, DataError
+from mmfuse.eval.scorers.judges import requests, with_judgements
 from mmfuse.eval.scorers.records import Result
-from mmfuse.eval.scorers.table import PROTOCOLS, SCORERS, TaskScorer, find_scorer, score_rows
+from mmfuse.eval.scorers.table import PROTOCOLS, SCORERS, find_scorer, score_rows
+from mmfuse.eval.scorers.task import Judge, TaskScorer
 
 
 def main(argv: Sequence[str]) -> int | None:
@@ -25,7 +27,13 @@ def main(argv: Sequence[str]) -> int | None:
         _parser().error("a file of predictions and --task are needed; --tasks lists the tasks")
     task = find_scorer(asked.task)
     protocol = asked.protocol or task.protocols[0]
-    result = score_rows(task.name, read_rows(asked.file), protocol, read_resources(asked.resource))
+    rows, resources = read_rows(asked.file), read_resources(asked.resource)
+    if asked.export_requests is not None:
+        _export(asked.export_requests, task, rows, resources)
+        return None
+    if asked.judgements is not None:
+        rows = with_judgements(rows, read_rows(asked.judgements), _judge(task).field)
+    result = score_rows(task.name, rows, protocol, resources)
     if asked.samples is not None:
         _write_samples(asked.samples, result)
     for warning in result.warnings:
@@ -83,9 +91,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--protocol", help=f"whose rules: {', '.join(PROTOCOLS)}, …; the task's first one by default")
     parser.add_argument("--resource", action="append", default=[], metavar="NAME=FILE", help="a list that a task needs")
     parser.add_argument("--json", action="store_true", help="print {metric: value} and nothing else")
+    parser.add_argument("--export-requests", type=Path, metavar="FILE", help="write what to ask a judge, do not score")
+    parser.add_argument(
+        "--judgements", type=Path, metavar="FILE", help='a judge\'s answers {"id", "judge", "judgement"}'
+    )
     parser.add_argument("--samples", type=Path, metavar="FILE", help="write what was parsed of each row, as JSONL")
     parser.add_argument("--tasks", action="store_true", help="list the tasks with their protocols and fields")
     return parser
+
+
+def _judge(task: TaskScorer) -> Judge:
+    if task.judge is None:
+        raise ConfigError(f"task {task.name} asks no judge")
+    return task.judge
+
+
+def _export(path: Path, task: TaskScorer, rows: list[dict[str, Any]], resources: dict[str, str]) -> None:
+    judge = _judge(task)
+    for name, source in judge.resources.items():
+        if name not in resources:
+            raise ConfigError(f"requests of task {task.name} need the resource {name!r}: {source}")
+    asked = requests(rows, judge.prompt, resources)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(request, ensure_ascii=False) + "\n" for request in asked)
+    print(f"{len(asked)} requests for {len(rows)} rows: {path}")
 
 
 def _lines(task: TaskScorer, protocol: str, result: Result) -> str:

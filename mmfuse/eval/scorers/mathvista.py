@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mmfuse.errors import DataError
 from mmfuse.eval.scorers.choices import options
@@ -64,6 +64,13 @@ def bare_answer(row: Row) -> str | None:
         except ValueError:
             return None
     return None
+
+
+def mathvista_prompt(row: Row, resources: Mapping[str, str]) -> str | None:
+    """The request that extracts an answer: the demonstrations, the question and the response; None if it is bare."""
+    if bare_answer(row) is not None:
+        return None
+    return f"{resources['prompt'].strip()}\n\n{text(row, 'question')}\n\n{text(row)}\n\nExtracted answer: "
 
 
 def _extract(row: Row, protocol: str) -> tuple[str | None, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from mmfuse.eval.scorers.records import Result
+from mmfuse.eval.scorers.records import Result, Row
 
 #: A scorer: rows and the name of a protocol to a result. It is pure: the same rows give the same result. One whose task
 #: has `resources` takes them, too, by name.
@@ -13,6 +13,21 @@ Scorer = Callable[..., Result]
 
 #: The benchmark's own rules, those of lmms-eval, and those of VLMEvalKit.
 PROTOCOLS = ("official", "lmms", "vlmevalkit")
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How a judge model is asked about a row. No judge is called here: requests are exported, answers imported.
+
+    Attributes:
+        prompt: from a row and `resources` to the request; None if the row needs none.
+        resources: files of the benchmark that the request needs, by name, and where they are.
+        field: of the row into which the answer goes.
+    """
+
+    prompt: Callable[[Row, Mapping[str, str]], str | None]
+    resources: Mapping[str, str]
+    field: str = "judgement"
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class TaskScorer:
         licence: of the data, as their owners state it; "unknown" if they state none.
         paper: that defines the task, as an arXiv number or a title.
         aliases: other names of the task.
-        judged: the official score needs a judge model, so that without one the task has other metrics.
+        judge: how a judge model is asked, if the official score needs one.
     """
 
     name: str
@@ -51,4 +66,9 @@ class TaskScorer:
     licence: str = "unknown"
     paper: str = ""
     aliases: tuple[str, ...] = ()
-    judged: bool = False
+    judge: Judge | None = None
+
+    @property
+    def judged(self) -> bool:
+        """Whether the official score needs a judge model, so that without one the task has other metrics or none."""
+        return self.judge is not None

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mmfuse.errors import DataError
+from mmfuse.eval.scorers.judges import judge_suffix
 from mmfuse.eval.scorers.records import (
     Counts,
     Metric,
@@ -33,6 +34,8 @@ MME_GROUPS = {
     ),
     "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
 }  # fmt: skip
+
+_HALLUSION_JUDGES = ("gpt-4", "gpt-4-0314", "gpt-4-0613")
 
 
 def label(row: Row) -> str:
@@ -230,14 +233,15 @@ def _mme_sum(samples: Sequence[Sample], both: Sequence[bool | None], tasks: Sequ
 def hallusionbench(rows: Sequence[Row], protocol: str) -> Result:
     """HallusionBench (Guan et al. 2023): right answers (`accuracy`), figures and questions all of whose answers are.
 
-    `vlmevalkit` reads yes or no. `official` needs a judge's words for each row in `judgement`: "correct", "incorrect"
-    or else unclear, which is right where a question of the kind VS comes without its figure; the figure accuracy leaves
-    those rows out. `figure_accuracy` and `question_accuracy` are the paper's fAcc and qAcc.
+    `vlmevalkit` reads yes or no. `official` needs GPT-4's words for each row in `judgement` (and its name in `judge`):
+    "correct", "incorrect" or else unclear, which is right where a question of the kind VS comes without its figure; the
+    figure accuracy leaves those rows out. `substitute` takes another judge, whose name then stands in the metrics'.
+    `figure_accuracy` and `question_accuracy` are the paper's fAcc and qAcc.
     """
     samples, figures, questions = [], [], []
     for row in rows:
         kind, subcategory, group, figure, question = _hallusion_place(row)
-        official = protocol == "official"
+        official = protocol != "vlmevalkit"
         blind = kind == "VS" and figure == "0"
         said: str | None
         if official:
@@ -252,11 +256,12 @@ def hallusionbench(rows: Sequence[Row], protocol: str) -> Result:
         questions.append("_".join((*place, "question", question)))
         samples.append(Sample(identity(row), score, said, rule, f"{subcategory}_{group}", kind))
     scores = [sample.score for sample in samples]
+    suffix = "" if protocol == "vlmevalkit" else judge_suffix(rows, _HALLUSION_JUDGES, protocol, "hallusionbench")
     metrics = {
-        "accuracy": mean(scores),
-        "figure_accuracy": mean(whole_groups(scores, figures)),
-        "question_accuracy": mean(whole_groups(scores, questions)),
-        **by_category("accuracy", samples),
+        f"accuracy{suffix}": mean(scores),
+        f"figure_accuracy{suffix}": mean(whole_groups(scores, figures)),
+        f"question_accuracy{suffix}": mean(whole_groups(scores, questions)),
+        **by_category(f"accuracy{suffix}", samples),
         "unparsed_rate": unparsed(samples),
     }
     return Result(tuple(samples), metrics)

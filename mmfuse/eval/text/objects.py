@@ -22,10 +22,14 @@ _SAME: Final = frozenset(
 _IE: Final = ("doggie", "birdie", "cookie", "collie", "hoagie", "veggie", "zombie", "rookie", "auntie")
 
 
+def treebank_pieces(text: str) -> list[str]:
+    """The words and marks of a text."""
+    return _CLITIC.sub(r" \1", _BREAK.sub(lambda mark: f" {mark[0]} ", text)).split()
+
+
 def caption_words(caption: str) -> list[str]:
     """The words and marks of a caption in lower case."""
-    text = _BREAK.sub(lambda mark: f" {mark[0]} ", caption.lower())
-    return _CLITIC.sub(r" \1", text).split()
+    return treebank_pieces(caption.lower())
 
 
 def singular(word: str, *, keep: frozenset[str] = frozenset(), exact: bool = True) -> str:

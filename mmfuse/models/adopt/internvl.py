@@ -13,7 +13,7 @@ from mmfuse.models.adopt.base import Adapter, EncodedMedia, Inputs
 
 
 class InternVL(Adapter):
-    """InternVL: every tile is an image of its own in `pixel_values`; marks around an image tell what belongs together."""
+    """Every tile is an image of its own in `pixel_values`; marks around an image say what belongs together."""
 
     token_inputs = ("mm_token_type_ids",)
 

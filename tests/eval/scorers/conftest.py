@@ -119,7 +119,10 @@ EXAMPLES: dict[str, Example] = {
             }
             for number, row in enumerate(_YES_NO)
         ],
-        by_protocol={"official": {"judgement": "correct"}},
+        by_protocol={
+            "official": {"judgement": "correct", "judge": "gpt-4"},
+            "substitute": {"judgement": "It is unclear.", "judge": "other"},
+        },
     ),
     "asr": Example(
         [{"prediction": said, "target": "two dogs"} for said in ("two dogs", "2 dogs", "", "Two cats.")],
@@ -142,6 +145,21 @@ EXAMPLES: dict[str, Example] = {
         [{"prediction": [[10, 20]], "target": own, "duration": 600} for own in ([[15, 30]], [], [[300, 310]])],
         text=False,
         unbounded=True,
+    ),
+    "ifeval": Example(
+        [
+            {"prediction": said, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+            for said in ("yes, no", "yes", "")
+        ]
+    ),
+    "llava_bench": Example(
+        [{"prediction": "x", "target": "y", "judgement": said, "category": "conv"} for said in ("8 9\nx", "x", "10 5")],
+        unbounded=True,
+        by_protocol={"official": {"judge": "gpt-4-0314"}, "substitute": {"judge": "other"}},
+    ),
+    "mm_vet": Example(
+        [{"prediction": "x", "target": "y", "judgement": said, "capability": ["ocr"]} for said in ("0.5", "x", "1.0")],
+        by_protocol={"official": {"judge": "gpt-4-0613"}, "substitute": {"judge": "other"}},
     ),
     "refcoco": Example(
         [

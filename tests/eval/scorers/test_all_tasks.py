@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,14 @@ def test_the_primary_metric_comes_first(examples, task: str) -> None:
         next(iter(score_rows(task, examples[task].with_ids(protocol), protocol, examples[task].resources).values))
         == entry.primary
     )
+
+
+def test_the_documentation_has_every_task_with_its_metric_and_protocols() -> None:
+    page = (Path(__file__).parents[3] / "docs/evaluation.md").read_text(encoding="utf-8")
+    for name, entry in SCORERS.items():
+        protocols = ", ".join(f"`{protocol}`" for protocol in entry.protocols)
+        assert f"| `{name}` | `{entry.primary}` | {protocols} |" in page
+    assert page.count("\n| `") == len(SCORERS) + 7  # seven options of the command
 
 
 @pytest.mark.parametrize(("task", "protocol"), CASES, ids=lambda value: value)

@@ -146,7 +146,14 @@ def hallusion(kind: str, figure: int, question: int, judgement: str) -> dict[str
     place = {"category": kind, "subcategory": "map", "set_id": 1, "figure_id": figure, "question_id": question}
     right = judgement == "correct"
     own = f"{kind}_{figure}_{question}"
-    return {"id": own, "prediction": "Yes" if right else "No", "target": "1", "judgement": judgement, **place}
+    return {
+        "id": own,
+        "prediction": "Yes" if right else "No",
+        "target": "1",
+        "judgement": judgement,
+        "judge": "gpt-4",
+        **place,
+    }
 
 
 def test_hallusionbench_by_hand() -> None:
