@@ -25,7 +25,7 @@ PRETRAINED = (
     *(f"paper/{name}.yaml" for name in ("aki_4b", "ee_mllm_7b", "llava15_7b", "moda_8b", "saisa_7b")),
 )
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-#: Those that change the fusion of another one.
+#: Those that change another one.
 OVERLAYS = {
     name: "aki.yaml"
     for name in NAMES
@@ -40,6 +40,10 @@ OFFLINE = [name for name in NAMES if name not in (*PRETRAINED, *LORA, PACKAGES)]
 def settings(name: str) -> dict[str, Any]:
     loaded: dict[str, Any] = yaml.safe_load((CONFIGS / name).read_text())
     return loaded
+
+
+#: Overlays that change the fusion.
+OTHER_FUSIONS = [name for name in OVERLAYS if "fusion" in settings(name)["model"]["network"]]
 
 
 def on_meta(name: str) -> MultimodalLM:
@@ -64,12 +68,22 @@ def test_config_builds_model_data_and_trainer(name: str, tmp_path: Path) -> None
 
 
 def test_every_strategy_has_a_config_for_the_demo() -> None:
-    fusions = {name: settings(name)["model"]["network"]["fusion"] for name in ("aki.yaml", "causal.yaml", *OVERLAYS)}
+    fusions = {
+        name: settings(name)["model"]["network"]["fusion"] for name in ("aki.yaml", "causal.yaml", *OTHER_FUSIONS)
+    }
     names = [fusion if isinstance(fusion, str) else fusion["type"] for fusion in fusions.values()]
     assert sorted(names) == sorted(FUSIONS)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlay_of_verify_resume_makes_a_resume_hard_and_changes_nothing_else() -> None:
+    own, base = settings("verify_resume.yaml"), settings("aki.yaml")
+    encoder, known = own["model"]["network"]["encoders"]["image"], base["model"]["network"]["encoders"]["image"]
+    assert encoder["config"].pop("attention_dropout") > 0 and encoder == known
+    stream = own["data"]["init_args"]["stream"]
+    assert stream["pack_to"] and stream["augment"]
+
+
+@pytest.mark.parametrize("name", OTHER_FUSIONS)
 def test_overlays_keep_the_budget(name: str) -> None:
     own, base = settings(name), settings(OVERLAYS[name])
     steps, expected = ([stage["steps"] for stage in config.get("stages", base["stages"])] for config in (own, base))
