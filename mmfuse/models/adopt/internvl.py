@@ -13,7 +13,7 @@ from mmfuse.models.adopt.base import Adapter, EncodedMedia, Inputs
 
 
 class InternVL(Adapter):
-    """InternVL: every tile is an image of its own in `pixel_values`; marks around an image tell which belong together."""
+    """InternVL: every tile is an image of its own in `pixel_values`; marks around it tell which belong together."""
 
     token_inputs = ("mm_token_type_ids",)
 
