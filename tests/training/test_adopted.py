@@ -169,7 +169,7 @@ def test_compared_under_other_fusions(mmfuse: Callable[..., Any], tmp_path: Path
     assert ran.code == 0, ran.err
     rows = json.loads((tmp_path / "compared" / "compare.json").read_text())["strategies"]
     assert [row["label"] for row in rows] == ["native", "mma", "saisa"]
-    flops = {row["label"]: row["cost"]["train_flops_per_sample"] for row in rows}
+    flops = {row["label"]: row["scores"]["cost"]["train_flops_per_sample"] for row in rows}
     assert flops["native"] > flops["saisa"] > 0
 
     config["model"]["network"] = {"decoder": {"model_type": "llama"}}

@@ -13,7 +13,7 @@ from mmfuse.models.adopt.base import Adapter, EncodedMedia, Inputs
 
 
 class InternVL(Adapter):
-    """Every tile is an image of its own in `pixel_values`; marks around an image say what belongs together."""
+    """InternVL: every tile is an image of its own in `pixel_values`; marks around it tell which belong together."""
 
     token_inputs = ("mm_token_type_ids",)
 
