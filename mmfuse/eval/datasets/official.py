@@ -286,8 +286,8 @@ _ALL = (
     _of_tsv("mme", "mme", "MME.tsv"),
     _of_tsv("hallusionbench_tsv", "hallusionbench", "HallusionBench*.tsv"),
     Benchmark("pope", "pope", ("coco_pope_*.json",), read_jsonl, _pope),
-    Benchmark("vqav2", "vqav2", ("v2_mscoco_*_annotations.json",), _read_vqa, _vqa),
-    Benchmark("okvqa", "okvqa", ("mscoco_*_annotations.json",), _read_vqa, _vqa),
+    Benchmark("vqav2", "vqav2", ("v2_mscoco_val2014_annotations.json",), _read_vqa, _vqa),
+    Benchmark("okvqa", "okvqa", ("mscoco_val2014_annotations.json",), _read_vqa, _vqa),
     Benchmark("textvqa", "textvqa", ("TextVQA_0.5.1_val.json",), _of_key("data"), _textvqa),
     Benchmark("docvqa", "docvqa", ("val_v1.0*.json",), _of_key("data"), _docvqa),
     Benchmark("infovqa", "infovqa", ("infographicsVQA_val*.json",), _of_key("data"), _docvqa),
@@ -297,7 +297,7 @@ _ALL = (
     Benchmark("mathvista", "mathvista", ("testmini-*.parquet",), read_parquet, _mathvista),
     Benchmark("ifeval", "ifeval", ("ifeval_input_data.jsonl",), read_jsonl, _ifeval),
     Benchmark("hallusionbench", "hallusionbench", ("HallusionBench.json",), read_json, _hallusion),
-    Benchmark("music_avqa", "music_avqa", ("avqa-test.json",), read_json, _music),
+    Benchmark("music_avqa", "music_avqa", ("json_update/avqa-test.json", "avqa-test.json"), read_json, _music),
 )
 #: All data sets by name.
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
