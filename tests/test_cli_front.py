@@ -50,7 +50,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
     training = {"fit", "validate", "test", "predict", "compare", "verify-resume", "chaos"}
-    assert set(COMMANDS) == training | {"generate", "explain", "export", "score", "profile", "kernels", "data", "list"}
+    evaluation = {"eval", "compare-eval", "score", "tasks"}
+    others = {"generate", "explain", "export", "profile", "kernels", "data", "list"}
+    assert set(COMMANDS) == training | evaluation | others
 
 
 def test_module_and_function_give_the_same_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ _MULTIPLE_CHOICE = (
         paper="2310.02255", aliases=("mathvista_mini", "mathvista_testmini"),
         judge=Judge(mathvista_prompt,
             {"prompt": "the text of demo_prompt in evaluation/prompts/ext_ans.py of github.com/lupantech/MathVista"},
-            "extraction")),
+            "extraction", ("official",))),
     TaskScorer("mmvp", choices.mmvp, "pair_accuracy", (), ("pair", "index", *_OPTIONS), _HARNESSES, "a letter",
         data="huggingface.co/datasets/MMVP/MMVP", licence="MIT", paper="2401.06209"),
 )  # fmt: skip

@@ -32,6 +32,9 @@ def main(argv: Sequence[str]) -> int | None:
         _export(asked.export_requests, task, rows, resources)
         return None
     if asked.judgements is not None:
+        if protocol not in _judge(task).protocols:
+            known = " or ".join(_judge(task).protocols)
+            raise ConfigError(f"task {task.name}, protocol {protocol} reads no judgements: use --protocol {known}")
         rows = with_judgements(rows, read_rows(asked.judgements), _judge(task).field)
     result = score_rows(task.name, rows, protocol, resources)
     if asked.samples is not None:
@@ -46,11 +49,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file; blank lines do not count.
 
     Raises:
-        DataError: a line is no JSON object, with the file and the number of the line.
+        DataError: the file is no UTF-8 text, or a line no JSON object, with the file and the number of the line.
         FileNotFoundError: there is no such file.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: no UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -112,7 +119,7 @@ def _export(path: Path, task: TaskScorer, rows: list[dict[str, Any]], resources:
         if name not in resources:
             raise ConfigError(f"requests of task {task.name} need the resource {name!r}: {source}")
     asked = requests(rows, judge.prompt, resources)
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.writelines(json.dumps(request, ensure_ascii=False) + "\n" for request in asked)
     print(f"{len(asked)} requests for {len(rows)} rows: {path}")
 
@@ -134,6 +141,7 @@ def _table() -> str:
 
 
 def _write_samples(path: Path, result: Result) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    # A lone half of a surrogate pair, which JSON can hold and UTF-8 cannot, stays an escape of JSON.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for sample in result.samples:
             file.write(json.dumps(vars(sample), ensure_ascii=False) + "\n")

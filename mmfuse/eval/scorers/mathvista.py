@@ -47,7 +47,9 @@ def mathvista(rows: Sequence[Row], protocol: str) -> Result:
         pairs = zip(samples, skills, strict=True)
         metrics[f"accuracy/{skill}"] = mean(sample.score if skill in own else None for sample, own in pairs)
     metrics["unparsed_rate"] = unparsed(samples)
-    return Result(tuple(samples), metrics)
+    judges = sorted({str(row["judge"]) for row in rows if row.get("judge") is not None})
+    notes = (f"answers extracted by {', '.join(judges)}",) if judges and protocol == "official" else ()
+    return Result(tuple(samples), metrics, notes)
 
 
 def bare_answer(row: Row) -> str | None:

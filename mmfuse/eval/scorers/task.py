@@ -23,11 +23,13 @@ class Judge:
         prompt: from a row and `resources` to the request; None if the row needs none.
         resources: files of the benchmark that the request needs, by name, and where they are.
         field: of the row into which the answer goes.
+        protocols: that read it.
     """
 
     prompt: Callable[[Row, Mapping[str, str]], str | None]
     resources: Mapping[str, str]
     field: str = "judgement"
+    protocols: tuple[str, ...] = ("official", "substitute")
 
 
 @dataclass(frozen=True)

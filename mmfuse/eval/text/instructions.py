@@ -49,7 +49,11 @@ def follows(text: str, instruction: str, settings: Settings) -> bool | None:
 def sentence_count(text: str) -> int:
     """How many sentences a text has, by its marks. The official code asks NLTK's Punkt model, which is a download."""
     marks = _SENTENCE_END.finditer(text)
-    ends = [mark for mark in marks if mark.end() == len(text) or not _NO_END.search(text[: mark.end()])]
+    ends = [
+        mark
+        for mark in marks
+        if mark.end() == len(text) or not _NO_END.search(text[max(0, mark.end() - 12) : mark.end()])
+    ]
     tail = text[ends[-1].end() :] if ends else text
     return len(ends) + bool(tail.strip())
 

@@ -149,4 +149,26 @@ def test_mathvista_asks_only_where_the_answer_is_not_bare(tmp_path: Path) -> Non
     (request,) = map(json.loads, out.read_text().splitlines())
     assert request["prompt"] == "Demo\n\nQ\n\nIt is seven\n\nExtracted answer: "
     said = with_judgements(rows, [{"id": 2, "judge": "m", "judgement": "7"}], "extraction")
-    assert score_rows("mathvista", said).values["accuracy"] == 1.0
+    result = score_rows("mathvista", said)
+    assert (result.values["accuracy"], result.warnings) == (1.0, ("answers extracted by m",))
+
+
+def test_judgements_that_are_not_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = {"category": "VD", "subcategory": "map", "set_id": 1, "figure_id": 1, "question_id": 1}
+    predictions = write(tmp_path / "p.jsonl", {"id": 1, "prediction": "Yes", "target": "1", **place})
+    judgements = write(tmp_path / "j.jsonl", {"id": 1, "judge": "gpt-4", "judgement": "incorrect"})
+    command = ["score", predictions, "--task", "hallusionbench", "--json", "--judgements", judgements]
+    assert main(command) == 2
+    assert "protocol vlmevalkit reads no judgements" in capsys.readouterr().err
+    assert main([*command, "--protocol", "official"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == 0.0
+
+
+def test_files_that_are_no_text_and_halves_of_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe")
+    assert main(["score", str(tmp_path / "b.jsonl"), "--task", "pope"]) == 2
+    assert "no UTF-8 text" in capsys.readouterr().err
+    half = write(tmp_path / "p.jsonl", {"id": 1, "prediction": "\ud83d", "target": "\ud83d"})
+    samples = tmp_path / "s.jsonl"
+    assert main(["score", half, "--task", "exact_match", "--samples", str(samples)]) == 0
+    assert json.loads(samples.read_text(encoding="utf-8"))["parsed"] == "\ud83d"
