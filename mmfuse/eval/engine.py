@@ -62,7 +62,7 @@ class Engine(Protocol):
     """What the runner asks of a model."""
 
     def identity(self) -> dict[str, str]:
-        """All that answers depend on beside the question, by name: digests of weights, config, tokenizer, …"""
+        """All that answers depend on beside the question, by name: digests of weights, config and so on."""
         ...
 
     def prompt(self, item: Item) -> str:

@@ -21,6 +21,8 @@ from mmfuse.errors import ConfigError, DataError
 from mmfuse.eval.results import write_text_atomically
 
 FOLDER: Final = "predictions"
+#: How the line of every record begins.
+_BEGIN: Final = b'{"id":'
 
 
 class PredictionStore:
@@ -138,8 +140,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            # A torn line that a later run went on behind: it is a prefix of a record, and begins like one.
-            if line.startswith(b'{"id":'):
+            # A torn line that a later run went on behind begins as a record does.
+            if line.startswith(_BEGIN[: len(line)]):
                 continue
             raise DataError(f"{path}, line {number + 1}: unreadable JSON: {error}") from error
         if not isinstance(record, dict) or "id" not in record:

@@ -1,4 +1,4 @@
-"""What a task asks: items with their media as bytes that are read when they are needed, and what is wanted of a model."""
+"""What a task asks: items, their media as bytes that are read when they are needed, and what is wanted of a model."""
 
 from __future__ import annotations
 
@@ -147,10 +147,8 @@ class Task:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that is asked, but for the bytes of media, which each sample's own key holds."""
-        head = {name: getattr(self, name) for name in ("name", "scorer", "protocol", "request", "version")}
-        items = [[i.id, i.messages, i.target, i.options, i.labels, i.fields] for i in self.items]
-        return digest_of([head, self.max_new_tokens, self.per_token, items])
+        """SHA-256 over all that is asked, but for the bytes of media, which each sample's own key holds."""
+        return digest_of([[i.id, i.messages, i.target, i.options, i.labels, i.fields] for i in self.items])
 
 
 def digest_of(value: Any) -> str:

@@ -154,7 +154,7 @@ def pope() -> Task:
 
 
 def choice() -> Task:
-    """Questions with four options; the model answers with a letter. Each is asked once with each place of the answer."""
+    """Questions with four options, answered with a letter; each is asked once with each place of the right one."""
     items = []
     for picture in _PICTURES:
         for number, (question, options) in enumerate(picture.questions):
