@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmfuse.errors import DataError
-from mmfuse.eval.questions import normalise
 from mmfuse.eval.scores import Z95, Score
+from mmfuse.eval.text import normalise
 
 
 @dataclass(frozen=True)

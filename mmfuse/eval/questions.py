@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.data.samples import Sample, encode_sample, split_answer
 from mmfuse.eval.engine import closing_tokens, greedy_config
+from mmfuse.eval.text import normalise
 from mmfuse.models import EncodedSample, MultimodalLM, MultimodalProcessor
 from mmfuse.models.chat import content_text, without_placeholders
 from mmfuse.models.media import Features
@@ -51,14 +52,6 @@ class Prediction:
     def right(self) -> bool:
         """Whether the model's answer equals the expected one after `normalise`."""
         return normalise(self.prediction) == normalise(self.answer)
-
-
-def normalise(text: str) -> str:
-    """The form in which answers are compared: outer whitespace gone, inner runs one space, case folded.
-
-    Punctuation, articles and number words are kept: `"35 71."` is not `"35 71"`.
-    """
-    return " ".join(text.split()).casefold()
 
 
 def answer_questions(

@@ -10,10 +10,13 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmfuse.errors import unknown
-from mmfuse.eval.questions import Prediction, normalise
+from mmfuse.eval.text import normalise
+
+if TYPE_CHECKING:
+    from mmfuse.eval.questions import Prediction
 
 #: The 97.5 % quantile of the normal distribution, for intervals of 95 %.
 Z95 = 1.959963984540054

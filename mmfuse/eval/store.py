@@ -92,7 +92,8 @@ class PredictionStore:
                 raise DataError(f"task {self._task}: no answer to {name!r} in {self._folder}")
             ordered.append(self.done[name])
         write_text_atomically(self.final, "".join(map(_line, ordered)))
-        for path in self._parts():
+        # Beside the parts, what a kill in the middle of an atomic write has left.
+        for path in (*self._parts(), *self._folder.glob(f".{self._task}.*.tmp")):
             path.unlink(missing_ok=True)
         return ordered
 
