@@ -38,6 +38,8 @@ COMMANDS: dict[str, Command] = {
     "compare": Command("mmfuse.training.commands", "compare", "train several fusions, all else equal, in one table"),
     "generate": Command("mmfuse.training.commands", "generate", "answer one prompt, with or without an image"),
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
+    "eval": Command("mmfuse.training.evaluation", "evaluate", "let a model answer tasks, score them, write a report"),
+    "compare-eval": Command("mmfuse.training.evaluation", "compare", "two evaluations, compared pair by pair"),
     "score": Command("mmfuse.eval.scorers.command", "main", "score a file of predictions by a task's rules"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),

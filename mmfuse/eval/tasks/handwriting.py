@@ -82,7 +82,7 @@ def pope() -> Task:
                 )
     order = {"random": 0, "popular": 1, "adversarial": 2}
     items.sort(key=lambda item: order[item.category])
-    return Task("handwriting_pope", "pope", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no")
+    return Task("handwriting_pope", "exact_match", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no")
 
 
 def choice() -> Task:
@@ -109,7 +109,7 @@ def choice() -> Task:
             )
         )
     about = "the digit in a cell, by the likelihood of four options"
-    return Task("handwriting_choice", "multiple_choice", "official", tuple(items), Request.RANK, about=about)
+    return Task("handwriting_choice", "exact_match", "official", tuple(items), Request.RANK, about=about)
 
 
 def count() -> Task:
@@ -133,7 +133,7 @@ def caption() -> Task:
         media = (_picture(scenes, number),)
         text = transcription(grid)
         items.append(Item(f"caption-{number:03d}", ask(READ_ALL, media), media, text))
-    return Task("handwriting_caption", "cer", "official", tuple(items), max_new_tokens=12, about="read all digits")
+    return Task("handwriting_caption", "exact_match", "official", tuple(items), max_new_tokens=12, about="read all digits")
 
 
 def retrieval() -> Task:
@@ -162,7 +162,7 @@ def retrieval() -> Task:
             )
         )
     about = f"the caption of a scene among {GALLERY}, by likelihood"
-    return Task("handwriting_retrieval", "retrieval", "official", tuple(items), Request.RANK, about=about)
+    return Task("handwriting_retrieval", "exact_match", "official", tuple(items), Request.RANK, about=about)
 
 
 def _scenes(count: int, stream: int) -> tuple[Scenes, np.random.Generator]:

@@ -30,7 +30,6 @@ class _Picture:
         path: inside the package.
         there: what can be seen on it.
         likely: what is not there, and often is beside what is.
-        captions: that describe it.
         questions: with four options each, the right one first.
     """
 
@@ -39,7 +38,6 @@ class _Picture:
     path: str
     there: tuple[str, ...]
     likely: tuple[str, ...]
-    captions: tuple[str, ...]
     questions: tuple[tuple[str, tuple[str, str, str, str]], ...]
 
 
@@ -50,10 +48,6 @@ _PICTURES: Final = (
         "datasets/images/china.jpg",
         ("a pagoda", "a roof", "a tree", "the sky"),
         ("a horse", "a car", "snow"),
-        (
-            "A Chinese pagoda with several roofs among trees, a lake behind it.",
-            "A tall temple tower rises above green trees beside a lake.",
-        ),
         (
             ("What kind of building is this?", ("a pagoda", "a lighthouse", "a castle", "a windmill")),
             ("What is behind the building?", ("a lake", "a desert", "a city street", "a stadium")),
@@ -66,10 +60,6 @@ _PICTURES: Final = (
         ("a flower", "a leaf", "a petal"),
         ("a bee", "a vase", "a butterfly"),
         (
-            "An orange dahlia in bloom before dark green leaves.",
-            "A close-up of a round orange flower with many petals.",
-        ),
-        (
             ("What colour is the flower?", ("orange", "blue", "white", "purple")),
             ("What is in front of the leaves?", ("a flower", "a bird", "a fence", "a bottle")),
         ),
@@ -80,10 +70,6 @@ _PICTURES: Final = (
         "mpl-data/sample_data/grace_hopper.jpg",
         ("a woman", "a hat", "a flag", "a uniform"),
         ("a microphone", "a ship", "a computer"),
-        (
-            "A woman with glasses in a navy uniform and cap before an American flag.",
-            "Portrait of an elderly officer in uniform with a flag behind her.",
-        ),
         (
             ("What does the person wear on the head?", ("a cap", "a crown", "a helmet", "nothing")),
             ("What is behind the person?", ("a flag", "a bookshelf", "a window", "a mountain")),
@@ -96,10 +82,6 @@ _PICTURES: Final = (
         ("a box", "a ribbon", "a bow"),
         ("a cake", "a candle", "a balloon"),
         (
-            "A drawing of a blue gift box with a silver ribbon and bow.",
-            "A blue present that is tied with a grey bow.",
-        ),
-        (
             ("What colour is the box?", ("blue", "red", "green", "yellow")),
             ("What is on top of the box?", ("a bow", "a cat", "a book", "a hat")),
         ),
@@ -110,10 +92,6 @@ _PICTURES: Final = (
         "mpl-data/sample_data/logo2.png",
         ("a word", "a letter", "a circle"),
         ("a star", "a face", "a map"),
-        (
-            "The word matplotlib in blue letters, with a round chart in place of an o.",
-            "A logo that says matplotlib.",
-        ),
         (
             ("Which word is written here?", ("matplotlib", "tensorflow", "notebook", "microsoft")),
             ("What stands in place of one letter?", ("a round chart", "a heart", "a key", "an eye")),
@@ -127,7 +105,7 @@ _LETTERS: Final = "ABCD"
 
 def picture_tasks() -> dict[str, Callable[[], Task]]:
     """The tasks by name."""
-    return {"pictures_pope": pope, "pictures_choice": choice, "pictures_caption": caption}
+    return {"pictures_pope": pope, "pictures_choice": choice}
 
 
 def pope() -> Task:
@@ -150,7 +128,7 @@ def pope() -> Task:
                 ]
     order = ("random", "popular", "adversarial")
     items.sort(key=lambda item: order.index(item.category))
-    return Task("pictures_pope", "pope", "official", tuple(items), max_new_tokens=8, about="Is there … in the image?")
+    return Task("pictures_pope", "exact_match", "official", tuple(items), max_new_tokens=8, about="Is there … in the image?")
 
 
 def choice() -> Task:
@@ -176,17 +154,7 @@ def choice() -> Task:
                         cluster=f"{picture.name}-{number}",
                     )
                 )
-    return Task("pictures_choice", "multiple_choice", "official", tuple(items), about="answers with a letter")
-
-
-def caption() -> Task:
-    """A sentence about each picture."""
-    items = []
-    for picture in _PICTURES:
-        media = (_file(picture),)
-        prompt = ask("Describe the image in one sentence.", media)
-        items.append(Item(picture.name, prompt, media, list(picture.captions)))
-    return Task("pictures_caption", "caption", "official", tuple(items), max_new_tokens=32, about="one sentence")
+    return Task("pictures_choice", "exact_match", "official", tuple(items), about="answers with a letter")
 
 
 def _pope_item(picture: _Picture, split: str, turn: str, thing: str, answer: str) -> Item:
