@@ -156,7 +156,8 @@ def _section(score: TaskScore) -> list[str]:
     rest = list(score.metrics.items())[1:]
     if rest:
         rows = "".join(
-            f"<tr><td>{html.escape(name)}<td class=n>{percent(own.value)}<td class=n>{_range(own)}" for name, own in rest
+            f"<tr><td>{html.escape(name)}<td class=n>{percent(own.value)}<td class=n>{_range(own)}"
+            for name, own in rest
         )
         parts.append(f"<table><tr><th>metric<th class=n>value<th class=n>95 % interval{rows}</table>")
     error, table = calibration(score)

@@ -30,7 +30,7 @@ class Paired:
         p: of a two-sided paired t test over clusters, before `holm`.
         n: questions.
         clusters: groups of questions that are not independent.
-        detectable: the smallest difference that so many clusters would show with 80 % power.
+        detectable: the smallest difference that so many clusters would show with 80 % power; NaN if no answers differ.
     """
 
     task: str
@@ -55,7 +55,9 @@ def compare_folders(first: Path, second: Path) -> list[Paired]:
     results = [_results(folder) for folder in (first, second)]
     common = [task for task in results[0] if task in results[1]]
     if not common:
-        raise DataError(f"{first} and {second} have no task in common: {', '.join(results[0])}; {', '.join(results[1])}")
+        raise DataError(
+            f"{first} and {second} have no task in common: {', '.join(results[0])}; {', '.join(results[1])}"
+        )
     for task in common:
         for field in ("questions", "protocol", "scorer"):
             if results[0][task][field] != results[1][task][field]:
@@ -89,18 +91,20 @@ def paired(task: str, first: Mapping[str, tuple[float, str]], second: Mapping[st
     factor = groups / (groups - 1) if groups > 1 else math.nan
     error = math.sqrt(factor * sum(total**2 for total in totals.values())) / len(names)
     quantile = t_quantile(groups - 1.0) if groups > 1 else math.nan
+    # No difference among so many clusters is no proof that there is none.
+    half = max(quantile * error, 1 / groups) if groups > 1 else math.nan
     power = 0.8416212335729143  # the 80 % quantile of the normal distribution
     return Paired(
         task=task,
         first=float(before.mean()),
         second=float(after.mean()),
         difference=mean,
-        low=mean - quantile * error,
-        high=mean + quantile * error,
+        low=mean - half,
+        high=mean + half,
         p=_p_value(mean, error, groups),
         n=len(names),
         clusters=groups,
-        detectable=(quantile + power) * error,
+        detectable=(quantile + power) * error if error else math.nan,
     )
 
 

@@ -127,9 +127,13 @@ def estimate(metric: Metric, clusters: Sequence[str]) -> Estimated:
     counts = np.asarray(metric.counts, dtype=np.float64)
     names = sorted(set(clusters))
     value, groups = metric.total, len(names)
-    if metric.bounded and groups == len(counts) and counts.shape[1] == 2:
-        n = int(counts[:, 1].sum())
-        if n and (n < FEW or value in (0.0, 1.0)):
+    if metric.bounded and counts.shape[1] == 2:
+        asked = {name for name, count in zip(clusters, counts[:, 1], strict=True) if count}
+        n = len(asked)
+        if n and value in (0.0, 1.0):
+            # All samples of a cluster are alike, and prove no more than one.
+            return Estimated(value, *Score(n, round(value * n)).interval, "wilson", n)
+        if n == int(counts[:, 1].sum()) and n < FEW:
             return Estimated(value, *Score(n, round(float(counts[:, 0].sum()))).interval, "wilson", n)
     if groups < 2:
         return Estimated(value, math.nan, math.nan, "none", groups)
@@ -152,8 +156,6 @@ def _with_wrong(metric: Metric, count: int) -> Metric:
         zeros = np.zeros((count, metric.counts.shape[1]))
         return replace(metric, counts=np.concatenate([metric.counts, zeros]))
     return replace(metric, counts=np.concatenate([metric.counts, np.tile([0.0, 1.0], (count, 1))]))
-
-
 
 
 def plain(score: TaskScore) -> dict[str, Any]:

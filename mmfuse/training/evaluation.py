@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,7 +89,7 @@ def compare(argv: Sequence[str]) -> int:
             f"{100 * own.difference:+.1f}",
             f"{100 * own.low:+.1f} … {100 * own.high:+.1f}",
             f"{p:.2g}",
-            f"{100 * own.detectable:.1f}",
+            "–" if math.isnan(own.detectable) else f"{100 * own.detectable:.1f}",
             str(own.n),
             str(own.clusters),
         )

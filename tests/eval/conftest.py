@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,10 @@ def small_task(png: Callable[[int], bytes]) -> Callable[..., Task]:
     def make(count: int = 12, request: Request = Request.GENERATE, name: str = "small") -> Task:
         items = []
         for number in range(count):
-            media = (MediaFile("image", f"noise-{number}.png", lambda data=png(number): data, "png"),)
+            media = (MediaFile("image", f"noise-{number}.png", partial(png, number), "png"),)
             text = "Is there a " + " ".join(str(digit) for digit in range(1 + number % 5)) + "?"
             options = ("3", "35 71", "yes") if request is Request.RANK else ()
-            items.append(
-                Item(f"q{number}", ask(text, media), media, "yes", options=options, category=f"c{number % 2}")
-            )
+            items.append(Item(f"q{number}", ask(text, media), media, "yes", options=options, category=f"c{number % 2}"))
         return Task(name, "exact_match", "official", tuple(items), request, max_new_tokens=5)
 
     return make

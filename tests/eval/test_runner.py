@@ -172,9 +172,7 @@ def test_two_ranks_write_the_bytes_of_one(make_engine, small_task, tmp_path, fus
     engine.identity()
     run_task(engine, task, tmp_path / "one", SMALL)
     port = free_port()
-    calls = [
-        lambda rank=rank: _run_rank(rank, 2, port, engine, task, tmp_path / "two", SMALL) for rank in range(2)
-    ]
+    calls = [lambda rank=rank: _run_rank(rank, 2, port, engine, task, tmp_path / "two", SMALL) for rank in range(2)]
     assert forked(*calls) == [0, 0]
     assert files(tmp_path / "two") == files(tmp_path / "one")
 

@@ -82,7 +82,9 @@ def pope() -> Task:
                 )
     order = {"random": 0, "popular": 1, "adversarial": 2}
     items.sort(key=lambda item: order[item.category])
-    return Task("handwriting_pope", "exact_match", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no")
+    return Task(
+        "handwriting_pope", "exact_match", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no"
+    )
 
 
 def choice() -> Task:
@@ -133,7 +135,8 @@ def caption() -> Task:
         media = (_picture(scenes, number),)
         text = transcription(grid)
         items.append(Item(f"caption-{number:03d}", ask(READ_ALL, media), media, text))
-    return Task("handwriting_caption", "exact_match", "official", tuple(items), max_new_tokens=12, about="read all digits")
+    about = "read all digits"
+    return Task("handwriting_caption", "exact_match", "official", tuple(items), max_new_tokens=12, about=about)
 
 
 def retrieval() -> Task:

@@ -128,7 +128,8 @@ def pope() -> Task:
                 ]
     order = ("random", "popular", "adversarial")
     items.sort(key=lambda item: order.index(item.category))
-    return Task("pictures_pope", "exact_match", "official", tuple(items), max_new_tokens=8, about="Is there … in the image?")
+    about = "is there a thing in the image"
+    return Task("pictures_pope", "exact_match", "official", tuple(items), max_new_tokens=8, about=about)
 
 
 def choice() -> Task:
