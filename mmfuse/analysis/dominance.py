@@ -9,7 +9,7 @@ so that AEI of text = MDI / (1 + Q (MDI - 1)), and uniform attention has MDI = A
 media tokens alone; compare models at equal numbers, or strata of them. Attention is no explanation: read both beside
 what happens when a modality is taken away.
 
-Deliberate difference: the first token of a sequence, on which decoders park attention that they do not need, can be left
+Deliberate difference: the first token, on which decoders park attention that they do not need, can be left
 out of masses and counts.
 
 Shapes: `B` samples, `L` layers, `S` tokens.
