@@ -49,7 +49,20 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     listed = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ") and "  " in line.strip()}
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
-    expected = {"fit", "validate", "test", "predict", "compare", "generate", "explain", "score", "profile", "list"}
+    expected = {
+        "fit",
+        "validate",
+        "test",
+        "predict",
+        "compare",
+        "compare-eval",
+        "eval",
+        "generate",
+        "explain",
+        "score",
+        "profile",
+        "list",
+    }
     assert set(COMMANDS) == expected
 
 

@@ -188,7 +188,7 @@ class _Gaps(LogitsProcessor):
         self._best: list[Tensor] = []
         self._margin: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         top = scores.float().log_softmax(dim=-1).topk(2, dim=-1).values
         self._best.append(top[:, 0])
         self._margin.append(top[:, 0] - top[:, 1])

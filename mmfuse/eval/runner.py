@@ -199,7 +199,7 @@ class _Asker:
 
     def _asked(
         self, places: Sequence[int], media: Mapping[int, list[Any]], records: Mapping[int, Record]
-    ) -> list[Answer | None] | list[Likelihoods | None]:
+    ) -> list[Answer | Likelihoods | None]:
         """Answers in order; None where the model cannot take the media, which the record then says."""
         found: list[Any] = []
         try:
