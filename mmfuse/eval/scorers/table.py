@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmfuse.errors import ConfigError, DataError, unknown
+from mmfuse.eval.scorers.documents import anls, chartqa
 from mmfuse.eval.scorers.exact import exact_match
 from mmfuse.eval.scorers.records import Result, Row, identity
+from mmfuse.eval.scorers.vqa import evalai_people, gqa, textvqa, vqav2
 
 #: A scorer: rows and the name of a protocol to a result. It is pure: the same rows give the same result.
 Scorer = Callable[[Sequence[Row], str], Result]
@@ -63,9 +65,34 @@ _ENTRIES: tuple[TaskScorer, ...] = (
     ),
 )
 
+_IMAGE = ("image", "cluster", "category")
+
+_SHORT_ANSWERS = (
+    TaskScorer("vqav2", vqav2, "accuracy", (), (*_IMAGE, "answer_type"), PROTOCOLS, "ten answers",
+        data="visualqa.org, images of COCO", licence="CC-BY-4.0 (annotations)", paper="1612.00837",
+        aliases=("vqa_v2", "vqa")),
+    TaskScorer("textvqa", textvqa, "accuracy", (), _IMAGE, PROTOCOLS, "ten answers",
+        data="textvqa.org, images of Open Images", licence="CC-BY-4.0", paper="1904.08920", aliases=("textvqa_val",)),
+    TaskScorer("vizwiz", evalai_people, "accuracy", (), (*_IMAGE, "answer_type"), PROTOCOLS, "ten answers",
+        data="vizwiz.org", licence="CC-BY-4.0", paper="1802.08218", aliases=("vizwiz_vqa",)),
+    TaskScorer("okvqa", evalai_people, "accuracy", (), _IMAGE, PROTOCOLS, "ten answers",
+        data="okvqa.allenai.org, images of COCO", paper="1906.00067", aliases=("ok_vqa",)),
+    TaskScorer("gqa", gqa, "accuracy", (), ("imageId", "types", "cluster"), PROTOCOLS, "the right answer",
+        data="cs.stanford.edu/people/dorarad/gqa", licence="CC-BY-4.0", paper="1902.09506",
+        aliases=("gqa_testdev_balanced",)),
+    TaskScorer("docvqa", anls, "anls", (), (*_IMAGE, "docId", "answer_type"), (*PROTOCOLS, "paper"), "a list of answers",
+        data="rrc.cvc.uab.es, challenge 17, after registration", paper="2007.00398", aliases=("docvqa_val",)),
+    TaskScorer("infovqa", anls, "anls", (), (*_IMAGE, "answer_type"), (*PROTOCOLS, "paper"), "a list of answers",
+        data="rrc.cvc.uab.es, challenge 17, after registration", paper="2104.12756", aliases=("infographicvqa",)),
+    TaskScorer("stvqa", anls, "anls", (), _IMAGE, (*PROTOCOLS, "paper"), "a list of answers",
+        data="rrc.cvc.uab.es, challenge 11, after registration", paper="1905.13648", aliases=("st_vqa",)),
+    TaskScorer("chartqa", chartqa, "relaxed_accuracy", (), ("split", *_IMAGE), PROTOCOLS, "the right answer",
+        data="github.com/vis-nlp/ChartQA", licence="GPL-3.0", paper="2203.10244", aliases=("chartqa_test",)),
+)  # fmt: skip
+
 #: All tasks by name.
-SCORERS: dict[str, TaskScorer] = {entry.name: entry for entry in _ENTRIES}
-_ALIASES = {alias: entry.name for entry in _ENTRIES for alias in entry.aliases}
+SCORERS: dict[str, TaskScorer] = {entry.name: entry for entry in (*_ENTRIES, *_SHORT_ANSWERS)}
+_ALIASES = {alias: entry.name for entry in SCORERS.values() for alias in entry.aliases}
 
 
 def find_scorer(name: str) -> TaskScorer:
