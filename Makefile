@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup fit test test-slow lint format docs clean
+.PHONY: help setup fit test test-slow test-exhaustive lint format docs clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -31,7 +31,10 @@ test: setup ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: setup ## run the slow tests
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m "slow and not exhaustive" $(ARGS)
+
+test-exhaustive: setup ## run every case of the slow tests that are sampled elsewhere (8 minutes of CPU)
+	$(PYTEST) -m exhaustive $(ARGS)
 
 lint: setup ## style, types and the layer rule
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mmfuse.errors import unknown
 from mmfuse.fusion import IGNORED_LABEL
+from mmfuse.fusion.base import base_visibility
+from mmfuse.kernels import BACKENDS, Call
 from mmfuse.models.config import MultimodalConfig
 from mmfuse.models.encoders import Encoder
 from mmfuse.models.modeling import MultimodalLM
@@ -46,6 +48,12 @@ MEDIA_TOKEN_IDS = {"image": IMAGE_TOKEN_ID, "audio": VOCABULARY, "eeg": VOCABULA
 
 Layout = Sequence[tuple[str, int]]
 DEFAULT_LAYOUT: Layout = (("text", 3), ("image", 4), ("text", 4), ("answer", 3))
+
+
+def backends_here() -> list[str]:
+    """The attention backends that can run on this machine's CPU; `triton` only in the interpreter."""
+    visibility = base_visibility(TokenMap.from_layout([("text", 1)]))
+    return [name for name, each in BACKENDS.items() if each.refusal(visibility, Call(heads=1, width=16)) is None]
 
 
 def tiny_model(

@@ -9,6 +9,8 @@ import sys
 # Read when torch and huggingface_hub are first imported; the commands that tests start inherit them.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Read when triton is first imported: its kernels run as Python, on CPU tensors. TRITON_INTERPRET=0 is for a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import hypothesis
 import numpy as np

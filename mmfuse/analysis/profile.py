@@ -22,7 +22,7 @@ from transformers import Cache
 from mmfuse.analysis.workload import Workload, copy_with, workload_tokens
 from mmfuse.errors import unknown
 from mmfuse.fusion import DecoderShape
-from mmfuse.kernels import Visibility
+from mmfuse.kernels import Call, Visibility, choose, rectangle_cover
 from mmfuse.models import MultimodalLM
 from mmfuse.models.encoders import Encoder
 
@@ -138,6 +138,10 @@ class CountingAttention:
         mass: Tensor | None = None,
         backend: str = "auto",
     ) -> Tensor:
+        call = Call.of(q, k, v, mass)
+        if backend == "auto":
+            # Tensors here have no data; what is profiled is what a CPU would run.
+            backend = choose(visibility, replace(call, device="cpu")).backend
         self.flops += attention_flops(visibility, q.shape[1], q.shape[3], backend, with_mass=mass is not None)
         out: Tensor = _ShapeOfAttention.apply(q, k, v)
         return out
@@ -146,23 +150,28 @@ class CountingAttention:
 def attention_flops(visibility: Visibility, heads: int, width: int, backend: str, *, with_mass: bool = False) -> int:
     """FLOPs that a backend of `attend` executes: `4 · heads · width` for each pair of query and key.
 
-    `reference` computes all pairs. So does `sdpa`, except that its causal kernel leaves out those above the diagonal:
-    `n(n + 1)/2` of `n²` are left. (Kernels work in tiles, and compute whole those that the diagonal crosses.) A mass is
-    one more key and one more column of q, k and v for `sdpa`.
+    `reference` computes all pairs, and so does `flex` on the CPU. So does `sdpa`, except that its causal kernel leaves
+    out those above the diagonal: `n(n + 1)/2` of `n²` are left. `rectangles` computes visible pairs alone. (Kernels
+    work in tiles, and compute whole those that the diagonal crosses.) A mass is one more key and one more column of q,
+    k and v for `sdpa`. `auto` is what it chooses for a float32 call on the CPU.
 
     Raises:
         ValueError: what this backend executes is not known.
     """
+    if backend == "auto":
+        backend = choose(visibility, Call(heads, width, with_mass=with_mass)).backend
+    known = ("reference", "sdpa", "rectangles", "flex")
+    if backend not in known:
+        raise ValueError(unknown("cost of attention backend", backend, ("auto", *known)))
     samples, queries, keys = visibility.shape
-    if backend not in ("auto", "sdpa", "reference"):
-        raise ValueError(unknown("cost of attention backend", backend, ("auto", "sdpa", "reference")))
-    pairs = queries * keys
-    if backend != "reference":
-        if with_mass:
-            pairs, width = queries * (keys + 1), width + 1
-        elif not visibility.is_full() and visibility.is_causal():
-            pairs = queries * (queries + 1) // 2
-    return 4 * samples * heads * width * pairs
+    pairs = samples * queries * keys
+    if backend == "rectangles":
+        pairs = rectangle_cover(visibility).pairs
+    elif backend == "sdpa" and with_mass:
+        pairs, width = samples * queries * (keys + 1), width + 1
+    elif backend == "sdpa" and not visibility.is_full() and visibility.is_causal():
+        pairs = samples * queries * (queries + 1) // 2
+    return 4 * heads * width * pairs
 
 
 class _ShapeOfAttention(torch.autograd.Function):

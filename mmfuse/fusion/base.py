@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mmfuse.fusion.flops import causal_flops, text_stream_flops
 from mmfuse.fusion.shape import DecoderShape
 from mmfuse.kernels import Axis, Condition, Rules, Visibility
+from mmfuse.kernels.neighbourhood import Window2D
 from mmfuse.sequence import Modality, TokenMap
 
 MEDIA, PROMPT, ANSWER = range(3)
@@ -236,8 +237,22 @@ def token_classes(tokens: TokenMap) -> Tensor:
     return torch.where(tokens.is_media, MEDIA, classes)
 
 
-def axis_of(tokens: TokenMap, rank: Tensor | None = None) -> Axis:
-    """What rules need of `tokens [B, S]`; `rank` defaults to the order in the sequence."""
+def axis_of(tokens: TokenMap, rank: Tensor | None = None, window: Window2D | None = None) -> Axis:
+    """What rules need of `tokens [B, S]`; `rank` defaults to the order in the sequence.
+
+    Args:
+        tokens: of a batch.
+        rank: causal order.
+        window: what media tokens see under WINDOW_2D, by their places in `tokens.grid`.
+
+    Raises:
+        ValueError: a window, and tokens without a grid.
+    """
+    if window is not None and tokens.grid is None:
+        raise ValueError("a 2-D window needs TokenMap.grid, the places (t, y, x) of media tokens, and it is None")
+    places = (
+        {} if window is None or tokens.grid is None else window.places(tokens.grid, tokens.segment, tokens.is_media)
+    )
     slot = torch.arange(len(tokens), device=tokens.device).expand(tokens.shape)
     return Axis(
         document=tokens.document,
@@ -247,6 +262,7 @@ def axis_of(tokens: TokenMap, rank: Tensor | None = None) -> Axis:
         cls=token_classes(tokens),
         slot=slot,
         ref=torch.full_like(tokens.segment, -1),
+        **places,
     )
 
 

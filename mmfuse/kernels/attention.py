@@ -6,87 +6,26 @@ dtype, compared with the others forward and backward by the tests. Shapes: queri
 
 `mass [B, Sq]` is the logarithm of a weight that is added to the denominator of each row's softmax, as if the row also
 saw one more key, with that score and value 0: the rows then sum to less than 1 (pseudo-scores, attention sinks).
+
+`bias [H, C, C]` is added to the scores by head, class of the query and class of the key, of the `C` token classes that
+the visibility names. `attend_with_shares` also tells how much of each row's softmax goes to keys of each class, and
+`attention_statistics` how sharp the rows are. (The mass is what a caller puts in; the shares are what comes out.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmfuse.errors import unknown
+from mmfuse.kernels.call import BackendError, Call
+from mmfuse.kernels.classes import Statistics, with_class_columns
+from mmfuse.kernels.dispatch import BACKEND_NAMES, BACKENDS, Backend, choose
+from mmfuse.kernels.order import tile_order
+from mmfuse.kernels.reference import attention_weights
 from mmfuse.kernels.visibility import Visibility
 
-Backend = Literal["auto", "reference", "sdpa"]
-
-
-def attention_weights(
-    q: Tensor, k: Tensor, visibility: Visibility, *, scale: float | None = None, mass: Tensor | None = None
-) -> Tensor:
-    """The softmax weights themselves, `[B, H, Sq, Sk]`; rows that see nothing are 0."""
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    seen = visibility.dense().unsqueeze(1)
-    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    # A row without keys would be softmax over nothing: score it evenly, then weigh it by 0.
-    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    if mass is None:
-        return scores.softmax(dim=-1) * seen
-    unseen = mass.to(scores.dtype)[:, None, :, None].expand(*scores.shape[:3], 1)
-    return torch.cat([scores, unseen], dim=-1).softmax(dim=-1)[..., :-1] * seen
-
-
-def reference(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None) -> Tensor:
-    """Softmax attention written out, in the dtype of its inputs; rows that see nothing give 0."""
-    weights = attention_weights(q, k, visibility, scale=scale, mass=mass)
-    return weights @ v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor | None) -> Tensor:
-    """torch's fused attention: without a mask where none is needed, causal where that is the rule, else dense."""
-    grouped = q.shape[1] != k.shape[1]
-    if mass is not None:
-        return _sdpa_with_mass(q, k, v, visibility, scale, mass)
-    if visibility.is_full():
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    if visibility.is_causal():
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-        dead = visibility.queries.document < 0
-    else:
-        dead = visibility.dead_rows()
-        # Fused kernels disagree about rows without a key: let those rows see all, and clear them below.
-        mask = (visibility.dense() | dead.unsqueeze(2)).unsqueeze(1)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out.masked_fill(dead[:, None, :, None], 0.0)
-
-
-def _sdpa_with_mass(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, scale: float, mass: Tensor) -> Tensor:
-    """The mass as the score of one more key: a column of q against a 1 in that key alone, with a value of 0."""
-    finite = mass > -torch.inf
-    score = (mass.masked_fill(~finite, 0.0).to(q.dtype) / scale)[:, None, :, None].expand(*q.shape[:3], 1)
-    real, last = k.new_zeros(*k.shape[:3], 1), k.new_zeros(*k.shape[:2], 1, k.shape[3] + 1)
-    last[..., -1] = 1.0
-    keys = torch.cat([torch.cat([k, real], dim=-1), last], dim=2)
-    # The value is as wide as the key, for the fused kernels that ask for it.
-    values = torch.cat([torch.cat([v, real], dim=-1), torch.zeros_like(last)], dim=2)
-    # A row that sees nothing is given this key, whose value is 0: fused kernels disagree about rows without a key.
-    column = (finite | visibility.dead_rows()).unsqueeze(-1)
-    mask = torch.cat([visibility.dense(), column], dim=-1).unsqueeze(1)
-    grouped = q.shape[1] != k.shape[1]
-    queries = torch.cat([q, score], dim=-1)
-    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
-    return out[..., :-1]
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Visibility, float, Tensor | None], Tensor]] = {
-    "reference": reference,
-    "sdpa": sdpa,
-}
-
-#: What a config or a caller may ask for.
-BACKEND_NAMES = ("auto", *BACKENDS)
+__all__ = ["attend", "attend_with_shares", "attention_statistics", "attention_weights", "check_backend"]
 
 
 def attend(
@@ -97,7 +36,8 @@ def attend(
     *,
     scale: float | None = None,
     mass: Tensor | None = None,
-    backend: Backend | str = "auto",
+    bias: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Attention of `q` over the keys that `visibility` shows it.
 
@@ -108,7 +48,9 @@ def attend(
         visibility: of shape `(B, Sq, Sk)`; queries that see nothing give 0 and get gradient 0.
         scale: of the scores; 1/sqrt(D) if None.
         mass: `[B, Sq]`, the logarithm of what is added to each row's softmax denominator; nothing if None.
-        backend: `auto` is `sdpa` here.
+        bias: `[H, C, C]`, finite, added to the scores by head, class of the query and class of the key (of the `C`
+            classes in `visibility.names`); differentiable; nothing if None.
+        backend: a name in `BACKENDS`, or `auto` for the one that `choose` finds cheapest.
 
     Returns:
         `[B, H, Sq, D]` in the dtype of `q`.
@@ -116,15 +58,149 @@ def attend(
     Raises:
         TypeError: the mask is not a Visibility, or the inputs differ in dtype.
         ValueError: unknown backend, or shapes that do not belong together.
+        BackendError: the backend that was asked for by name cannot compute this; others are named.
     """
-    name = "sdpa" if backend == "auto" else backend
-    if name not in BACKENDS:
+    if bias is None:
+        _check(q, k, v, visibility, mass, None, backend)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        chosen = BACKENDS[_able(backend, visibility, Call.of(q, k, v, mass))]
+        order = tile_order(visibility) if chosen.tiled else None
+        if order is None:
+            return chosen.run(q, k, v, visibility, scale, mass)
+        mass = None if mass is None else order.sort_rows(mass)
+        q, k, v = map(order.sort, (q, k, v))
+        return order.restore(chosen.run(q, k, v, order.visibility, scale, mass))
+    return attend_with_shares(q, k, v, visibility, scale=scale, mass=mass, bias=bias, backend=backend)[0]
+
+
+def attend_with_shares(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float | None = None,
+    mass: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and how each row's softmax is shared out among the token classes.
+
+    No backend makes an `Sq × Sk` tensor for it that it would not make anyway: `reference` sums its weights, `triton`
+    sums in its kernels, and for the others the classes of the keys become columns of keys and values.
+
+    Args:
+        q: `[B, H, Sq, D]`.
+        k: `[B, Hkv, Sk, D]`.
+        v: `[B, Hkv, Sk, D]`.
+        visibility: as in `attend`.
+        scale: as in `attend`.
+        mass: `[B, Sq]`, as in `attend`.
+        bias: `[H, C, C]`, as in `attend`.
+        backend: as in `attend`.
+
+    Returns:
+        The output `[B, H, Sq, D]`, and the shares `[B, H, Sq, C]`: for each class of `visibility.names`, in that order,
+        the sum of the row's softmax weights on keys of that class. Both are in the dtype of `q` and differentiable.
+        The shares of a row sum to 1, to less where there is a `mass`, and to 0 where the row sees nothing.
+
+    Raises:
+        TypeError: as `attend`.
+        ValueError: as `attend`.
+        BackendError: as `attend`.
+    """
+    _check(q, k, v, visibility, mass, bias, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    chosen = BACKENDS[_able(backend, visibility, Call.of(q, k, v, mass, bias))]
+    order = tile_order(visibility) if chosen.tiled else None
+    if order is None:
+        return _with_shares(chosen, q, k, v, visibility, scale, mass, bias)
+    q, k, v = map(order.sort, (q, k, v))
+    mass = None if mass is None else order.sort_rows(mass)
+    out, shares = _with_shares(chosen, q, k, v, order.visibility, scale, mass, bias)
+    return order.restore(out), order.restore(shares)
+
+
+def _with_shares(
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visibility: Visibility,
+    scale: float,
+    mass: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The backend's own way, or columns of keys and values."""
+    if backend.with_shares is not None:
+        return backend.with_shares(q, k, v, visibility, scale, mass, bias)
+    width, classes = q.shape[3], len(visibility.names)
+    out = backend.run(*with_class_columns(q, k, v, visibility, scale, bias), visibility, scale, mass)
+    return out[..., :width], out[..., width : width + classes]
+
+
+@torch.no_grad()
+def attention_statistics(
+    q: Tensor,
+    k: Tensor,
+    visibility: Visibility,
+    *,
+    scale: float | None = None,
+    mass: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Statistics:
+    """How the softmax rows are spread: by class, their entropy and their largest score. For diagnosis: no gradients.
+
+    Args:
+        q: `[B, H, Sq, D]`.
+        k: `[B, Hkv, Sk, D]`.
+        visibility: as in `attend`.
+        scale: as in `attend`.
+        mass: `[B, Sq]`, as in `attend`.
+        bias: `[H, C, C]`, as in `attend`.
+        backend: `reference`, some rows at a time, so that long sequences fit, or `triton`; `auto` is `reference`.
+
+    Returns:
+        Tensors over `[B, H, Sq]`; see `Statistics`.
+
+    Raises:
+        TypeError: as `attend`.
+        ValueError: as `attend`.
+        BackendError: another backend was asked for.
+    """
+    _check(q, k, k, visibility, mass, bias, backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = Call.of(q, k, k, mass)
+    if backend == "auto":
+        backend = "reference"
+    statistics = BACKENDS[_able(backend, visibility, call)].statistics
+    if statistics is None:
+        able = [name for name, other in BACKENDS.items() if other.statistics is not None]
+        raise BackendError(f"attention backend {backend!r} keeps no statistics. Backends that do: {', '.join(able)}")
+    return statistics(q, k, visibility, scale, mass, bias)
+
+
+def _able(backend: str, visibility: Visibility, call: Call) -> str:
+    """The backend to run: the one asked for if it can, or what `auto` stands for."""
+    name = choose(visibility, call).backend if backend == "auto" else backend
+    check_backend(name, visibility, call)
+    return name
+
+
+def check_backend(name: str, visibility: Visibility, call: Call) -> None:
+    """Raise `BackendError` if the backend cannot run the call, with the reason and the names of those that can."""
+    reason = None if name == "auto" else BACKENDS[name].refusal(visibility, call)
+    if reason is not None:
+        able = [other for other, candidate in BACKENDS.items() if candidate.refusal(visibility, call) is None]
+        raise BackendError(f"attention backend {name!r} refuses: {reason}. Backends that can: {', '.join(able)}")
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, mass: Tensor | None, bias: Tensor | None, backend: str
+) -> None:
+    if backend != "auto" and backend not in BACKENDS:
         raise ValueError(unknown("attention backend", backend, BACKEND_NAMES))
-    _check(q, k, v, visibility, mass)
-    return BACKENDS[name](q, k, v, visibility, q.shape[-1] ** -0.5 if scale is None else scale, mass)
-
-
-def _check(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, mass: Tensor | None) -> None:
     if not isinstance(visibility, Visibility):
         raise TypeError(f"attend needs a Visibility, got {type(visibility).__name__}: masks are data here, not tensors")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
@@ -141,3 +217,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, visibility: Visibility, mass: Tensor
         )
     if mass is not None and mass.shape != (q.shape[0], q.shape[2]):
         raise ValueError(f"mass must be [B, Sq] = {[q.shape[0], q.shape[2]]}, got {list(mass.shape)}")
+    classes = len(visibility.names)
+    if bias is not None and bias.shape != (q.shape[1], classes, classes):
+        raise ValueError(f"bias must be [H, C, C] = {[q.shape[1], classes, classes]}, got {list(bias.shape)}")

@@ -9,10 +9,12 @@ Shapes: `B` samples, `Sq` queries, `Sk` keys.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import IntFlag
 from os import PathLike
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,9 +29,54 @@ class Condition(IntFlag):
     SAME_SEGMENT = 4
     SAME_TURN = 8
     REF_SEGMENT = 16  # the key lies in the segment that the query refers to
+    WINDOW_2D = 32  # the key's place in its grid lies in the window of the query's; see `neighbourhood`
 
 
 Rules = Mapping[tuple[int, int], Sequence[Condition]]
+
+
+class Comparison(NamedTuple):
+    """A field of the query against one of the key: `>=` for AT_LEAST, `<=` for AT_MOST, `==` for EQUAL."""
+
+    mine: str
+    relation: str
+    theirs: str
+
+    def __call__(self, mine: Tensor, theirs: Tensor) -> Tensor:
+        if self.relation == AT_LEAST:
+            return mine >= theirs
+        return mine <= theirs if self.relation == AT_MOST else mine == theirs
+
+
+AT_LEAST, AT_MOST, EQUAL = "at least", "at most", "equal"
+
+#: What each condition compares; all of it must hold.
+COMPARED: Mapping[Condition, tuple[Comparison, ...]] = MappingProxyType(
+    {
+        Condition.CAUSAL: (Comparison("rank", AT_LEAST, "rank"),),
+        Condition.SELF: (Comparison("slot", EQUAL, "slot"),),
+        Condition.SAME_SEGMENT: (Comparison("segment", EQUAL, "segment"),),
+        Condition.SAME_TURN: (Comparison("turn", EQUAL, "turn"),),
+        Condition.REF_SEGMENT: (Comparison("ref", EQUAL, "segment"),),
+        Condition.WINDOW_2D: (
+            Comparison("top", AT_MOST, "y"),
+            Comparison("bottom", AT_LEAST, "y"),
+            Comparison("left", AT_MOST, "x"),
+            Comparison("right", AT_LEAST, "x"),
+        ),
+    }
+)
+
+
+def comparisons(conjunction: Condition) -> list[Comparison]:
+    """What the conditions of a conjunction compare."""
+    return [each for condition, parts in COMPARED.items() if condition in conjunction for each in parts]
+
+
+#: Classes that a rule table may speak of, so that a set of classes fits into a byte.
+MAX_CLASSES = 8
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,6 +91,13 @@ class Axis:
         cls: the token class that the rule table speaks of.
         slot: the place in the sequence; SELF and sliding windows are measured in it.
         ref: the segment that the token may attend to under REF_SEGMENT (-1: none).
+        y: row of the token in its grid, as keys are looked for under WINDOW_2D; see `neighbourhood`.
+        x: column, likewise.
+        top: the first row that the token sees under WINDOW_2D.
+        bottom: the last one.
+        left: the first column.
+        right: the last one.
+    The last six are None where no rule asks for WINDOW_2D.
     """
 
     document: Tensor
@@ -53,18 +107,38 @@ class Axis:
     cls: Tensor
     slot: Tensor
     ref: Tensor
+    y: Tensor | None = None
+    x: Tensor | None = None
+    top: Tensor | None = None
+    bottom: Tensor | None = None
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def columns(self, start: int, stop: int | None = None) -> Axis:
-        return Axis(**{f.name: getattr(self, f.name)[:, start:stop] for f in fields(self)})
+        return Axis(**{name: value[:, start:stop] for name, value in self._tensors().items()})
 
     def gather(self, index: Tensor) -> Axis:
         """The tokens at `index [B, N']`, in that order; an index of -1 gives padding."""
-        taken = {f.name: getattr(self, f.name).gather(1, index.clamp(min=0)) for f in fields(self)}
+        taken = {name: value.gather(1, index.clamp(min=0)) for name, value in self._tensors().items()}
         return Axis(**{**taken, "document": taken["document"].masked_fill(index < 0, -1)})
 
+    def to(self, device: torch.device | str) -> Axis:
+        return Axis(**{name: value.to(device) for name, value in self._tensors().items()})
+
     def followed_by(self, other: Axis) -> Axis:
-        """These tokens and the `other` ones behind them."""
-        return Axis(**{f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)], 1) for f in fields(self)})
+        """These tokens and the `other` ones behind them.
+
+        Raises:
+            ValueError: one side has places in a grid and the other has none.
+        """
+        mine, theirs = self._tensors(), other._tensors()
+        if mine.keys() != theirs.keys():
+            raise ValueError(f"one of two axes lacks {', '.join(sorted(mine.keys() ^ theirs.keys()))}")
+        return Axis(**{name: torch.cat([mine[name], theirs[name]], 1) for name in mine})
 
     def __len__(self) -> int:
         return int(self.document.shape[1])
@@ -91,9 +165,14 @@ class Visibility:
     ) -> None:
         if window is not None and window < 1:
             raise ValueError(f"window must be at least 1 slot, got {window}")
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"a Visibility has at most {MAX_CLASSES} token classes, got {len(names)}")
         for pair in rules:
             if not all(0 <= cls < len(names) for cls in pair):
                 raise ValueError(f"rule {pair} speaks of a class outside 0..{len(names) - 1} ({', '.join(names)})")
+        used = [each for terms in rules.values() for term in terms for each in comparisons(term)]
+        if any(getattr(queries, c.mine) is None or getattr(keys, c.theirs) is None for c in used):
+            raise ValueError("a rule asks for WINDOW_2D, but the tokens have no window: see kernels.neighbourhood")
         self.queries = queries
         self.keys = keys
         self.rules = dict(rules)
@@ -108,6 +187,10 @@ class Visibility:
         return self.queries.document.shape[0], len(self.queries), len(self.keys)
 
     # Views
+
+    def to(self, device: torch.device | str) -> Visibility:
+        """The same mask on another device."""
+        return Visibility(self.queries.to(device), self.keys.to(device), self.rules, self.names, self.window)
 
     def rows(self, start: int) -> Visibility:
         """Only the queries from slot column `start` on, against all keys: what a decoding step asks."""
@@ -132,23 +215,25 @@ class Visibility:
         return self._view(("view", window, keys), keys=self.keys.columns(len(self.keys) - keys), window=window)
 
     def _view(self, name: Hashable, **changes: object) -> Visibility:
-        if name not in self._memo:
-            parts = {"queries": self.queries, "keys": self.keys, "window": self.window, **changes}
-            self._memo[name] = Visibility(rules=self.rules, names=self.names, **parts)  # type: ignore[arg-type]
-        return self._memo[name]  # type: ignore[return-value]
+        parts = {"queries": self.queries, "keys": self.keys, "window": self.window, **changes}
+        return self.remember(name, lambda: Visibility(rules=self.rules, names=self.names, **parts))  # type: ignore[arg-type]
 
     # Lowered forms
 
+    def remember(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for each `name`: all layers of a batch share one lowered form."""
+        if name not in self._memo:
+            self._memo[name] = make()
+        return cast(T, self._memo[name])
+
     def dense(self) -> Tensor:
         """The mask itself: bool `[B, Sq, Sk]`, True where the query sees the key. This is the law."""
-        if "dense" not in self._memo:
-            self._memo["dense"] = self._dense()
-        return self._memo["dense"]  # type: ignore[return-value]
+        return self.remember("dense", self._dense)
 
     def _dense(self) -> Tensor:
         query, key = self.queries, self.keys
         seen = torch.zeros(self.shape, dtype=torch.bool, device=query.document.device)
-        for conjunction, pairs in self._pairs_by_conjunction().items():
+        for conjunction, pairs in self.pairs_by_conjunction().items():
             allowed = self._holds(conjunction)
             if len(pairs) < len(self.names) ** 2:
                 table = torch.zeros(len(self.names), len(self.names), dtype=torch.bool, device=seen.device)
@@ -162,7 +247,8 @@ class Visibility:
             seen &= (query.slot.unsqueeze(2) - key.slot.unsqueeze(1)).abs() < self.window
         return seen
 
-    def _pairs_by_conjunction(self) -> dict[Condition, list[tuple[int, int]]]:
+    def pairs_by_conjunction(self) -> dict[Condition, list[tuple[int, int]]]:
+        """For each conjunction in the rule table the class pairs that it is given for."""
         groups: dict[Condition, list[tuple[int, int]]] = {}
         for pair, conjunctions in self.rules.items():
             for conjunction in set(conjunctions):
@@ -172,23 +258,13 @@ class Visibility:
     def _holds(self, conjunction: Condition) -> Tensor:
         query, key = self.queries, self.keys
         held = torch.ones(self.shape, dtype=torch.bool, device=query.document.device)
-        if Condition.CAUSAL in conjunction:
-            held &= query.rank.unsqueeze(2) >= key.rank.unsqueeze(1)
-        if Condition.SELF in conjunction:
-            held &= query.slot.unsqueeze(2) == key.slot.unsqueeze(1)
-        if Condition.SAME_SEGMENT in conjunction:
-            held &= query.segment.unsqueeze(2) == key.segment.unsqueeze(1)
-        if Condition.SAME_TURN in conjunction:
-            held &= query.turn.unsqueeze(2) == key.turn.unsqueeze(1)
-        if Condition.REF_SEGMENT in conjunction:
-            held &= query.ref.unsqueeze(2) == key.segment.unsqueeze(1)
+        for each in comparisons(conjunction):
+            held &= each(getattr(query, each.mine).unsqueeze(2), getattr(key, each.theirs).unsqueeze(1))
         return held
 
     def dead_rows(self) -> Tensor:
         """bool `[B, Sq]`: queries that see nothing; attention gives them 0."""
-        if "dead" not in self._memo:
-            self._memo["dead"] = ~self.dense().any(dim=2)
-        return self._memo["dead"]  # type: ignore[return-value]
+        return self.remember("dead", lambda: ~self.dense().any(dim=2))
 
     def is_causal(self) -> bool:
         """Whether every live row sees exactly itself and the slots before it, found without an S×S tensor.
@@ -196,9 +272,7 @@ class Visibility:
         True only if queries and keys are the same slots, each row is one document with padding behind it, and the
         rule for every pair of classes that occurs is CAUSAL alone.
         """
-        if "causal" not in self._memo:
-            self._memo["causal"] = self._is_causal()
-        return bool(self._memo["causal"])
+        return self.remember("causal", self._is_causal)
 
     def _is_causal(self) -> bool:
         query, key = self.queries, self.keys
@@ -219,9 +293,7 @@ class Visibility:
 
     def is_full(self) -> bool:
         """Whether every query sees every key, so that no mask is needed (the usual decoding step)."""
-        if "full" not in self._memo:
-            self._memo["full"] = len(self.queries) == 1 and bool(self.dense().all())
-        return bool(self._memo["full"])
+        return self.remember("full", lambda: len(self.queries) == 1 and bool(self.dense().all()))
 
     # Pictures
 

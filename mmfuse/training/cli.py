@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -226,7 +228,19 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: a key, class, flag or value that is not known, with what was probably meant.
     """
     parse_and_build(argv)
+    _leave_process_group()
     return 0
+
+
+def _leave_process_group() -> None:
+    """End the threads of the process group while Python is whole, if there is one.
+
+    Lightning leaves a gloo group to the end of the process. There a thread that lets go of a tensor meets an
+    interpreter which is shutting down, and now and then aborts a rank that has finished its work.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # the trainer and the model's wrapper know each other, and hold the group
+        torch.distributed.destroy_process_group()
 
 
 def parse_and_build(argv: Sequence[str], *, run: bool = True) -> MultimodalCLI:

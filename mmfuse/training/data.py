@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mmfuse.data import BatchPlan, MixtureDataset, Sample, Source, StagePlan, en
 from mmfuse.data.handwriting_shards import Handwriting, write_shards
 from mmfuse.errors import ConfigError, unknown
 from mmfuse.models import MultimodalProcessor
+from mmfuse.paths import cache_directory
 from mmfuse.training.stages import Stage
 
 
@@ -206,7 +206,7 @@ class HandwritingData(MultimodalData):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        folder = (Path(cache) if cache is not None else default_cache()) / f"handwriting-{scenes.fingerprint()}"
+        folder = (Path(cache) if cache is not None else cache_directory()) / f"handwriting-{scenes.fingerprint()}"
         parts = {part: SourceSpec(str(folder / f"{part}-*.tar")) for part in ("align", "instruct", "val", "test")}
         super().__init__(
             stages,
@@ -223,10 +223,3 @@ class HandwritingData(MultimodalData):
 
     def prepare_data(self) -> None:
         write_shards(self.folder, self.scenes)
-
-
-def default_cache() -> Path:
-    """`$MMFUSE_CACHE`, else `mmfuse` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    if "MMFUSE_CACHE" in os.environ:
-        return Path(os.environ["MMFUSE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mmfuse"

@@ -20,9 +20,11 @@ from mmfuse.data.handwriting_tokenizer import load_tokenizer
 from mmfuse.errors import ConfigError, RunError
 from mmfuse.eval.questions import Prediction, answer_questions
 from mmfuse.fusion import IGNORED_LABEL, Fusion, build_fusion
+from mmfuse.fusion.base import base_visibility
+from mmfuse.kernels import Call, check_backend
 from mmfuse.models import NetworkSpec, build_network
 from mmfuse.models.decoder import supervised_rows
-from mmfuse.sequence import Modality
+from mmfuse.sequence import Modality, TokenMap
 from mmfuse.training.stages import Schedule, Stage
 
 MODALITIES = tuple(modality.name.lower() for modality in Modality)
@@ -112,6 +114,19 @@ class MultimodalModule(LightningModule):
         self._sums = torch.zeros(2 + len(MODALITIES), dtype=torch.float64)
         self._keys: list[str] = []
         self._validated = torch.zeros(4, dtype=torch.float64)
+
+    def setup(self, stage: str) -> None:
+        """Refuse a backend that cannot run on this device at all, before data are read.
+
+        Raises:
+            BackendError: with the reason, and the backends that can. What a mask forbids shows with the first batch.
+        """
+        text = self.network.config.text_config
+        heads = text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        device = self.trainer.strategy.root_device.type
+        call = Call(heads, width, device=device, differentiable=stage == "fit")
+        check_backend(self.network.config.attention_backend, base_visibility(TokenMap.from_layout([("text", 1)])), call)
 
     def configure_callbacks(self) -> list[Callback]:
         # Buffers are copied, not averaged: an average of integer buffers would be truncated.

@@ -87,6 +87,11 @@ def test_pairs_of_an_attention() -> None:
     assert attention_flops(causal.rows(4), 2, 8, "auto") == 4 * 2 * 8 * 3 * 5
     assert attention_flops(causal.rows(2), 2, 8, "auto") == 4 * 2 * 8 * 3 * 15
     assert attention_flops(causal, 2, 8, "sdpa", with_mass=True) == 4 * 2 * 9 * 3 * 5 * 6
+    assert attention_flops(causal, 2, 8, "rectangles") == 4 * 2 * 8 * 3 * 15
+    assert attention_flops(causal, 2, 8, "flex") == 4 * 2 * 8 * 3 * 25
+    packed = base_visibility(TokenMap.pack([TokenMap.from_layout([("text", 512)])] * 4))
+    assert attention_flops(packed, 16, 64, "sdpa") == 4 * 16 * 64 * 2048**2
+    assert attention_flops(packed, 16, 64, "auto") == 4 * 16 * 64 * 4 * 512 * 513 // 2
     with pytest.raises(ValueError, match="unknown cost of attention backend 'sdqa': did you mean 'sdpa'"):
         attention_flops(causal, 2, 8, "sdqa")
 

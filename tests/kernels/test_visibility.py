@@ -38,6 +38,7 @@ def draw_tokens(data: st.DataObject, batch: int, count: int) -> list[list[Token]
             "turn": st.integers(-1, 2),
             "cls": st.integers(0, 2),
             "ref": st.integers(-1, 2),
+            **dict.fromkeys(("y", "x", "top", "bottom", "left", "right"), st.integers(0, 2)),
         }
     )
     rows = data.draw(st.lists(st.lists(token, min_size=count, max_size=count), min_size=batch, max_size=batch))
@@ -55,6 +56,8 @@ def holds(condition: Condition, query: Token, key: Token) -> bool:
         Condition.SAME_SEGMENT: query["segment"] == key["segment"],
         Condition.SAME_TURN: query["turn"] == key["turn"],
         Condition.REF_SEGMENT: query["ref"] == key["segment"],
+        Condition.WINDOW_2D: query["top"] <= key["y"] <= query["bottom"]
+        and query["left"] <= key["x"] <= query["right"],
     }
     return all(wanted[single] for single in condition)
 

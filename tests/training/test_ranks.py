@@ -116,6 +116,19 @@ def test_batch_of_text_alone_on_one_rank_does_not_hang(
     assert len(rows) == 10 and all(row["train/loss"] < 100 for row in rows)
 
 
+def test_no_thread_of_the_process_group_outlives_the_command(
+    mmfuse: Command, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    """Such threads abort a finished rank, now and then, while the interpreter shuts down."""
+    words = ["fit", "--config", write_config(), "--out", tmp_path / "run", "--trainer.strategy", "ddp"]
+    assert mmfuse(*words, "--trainer.devices", "1").code == 0
+    assert not torch.distributed.is_initialized()
+    tasks = Path("/proc/self/task")
+    if tasks.exists():
+        threads = [(task / "comm").read_text().strip() for task in tasks.iterdir()]
+        assert not [name for name in threads if "gloo" in name]
+
+
 def test_torchrun_starts_the_ranks_itself(write_config: WriteConfig, tmp_path: Path, read_rows: ReadRows) -> None:
     """As `torchrun --nproc_per_node 2` does; also on top of an earlier run, which one rank moves aside."""
     with socket.socket() as free:

@@ -303,3 +303,15 @@ def test_long_list_on_the_command_line_is_no_path(write_config: WriteConfig, set
     stages = [{**stage, "name": f"{number} {'x' * 200}"} for number, stage in enumerate(settings["stages"])]
     built = parse_and_build(["--config", str(write_config()), "--stages", json.dumps(stages)], run=False)
     assert [stage.name for stage in built.model.schedule.stages] == [stage["name"] for stage in stages]
+
+
+def test_a_backend_that_cannot_train_here_is_one_line(
+    mmfuse: Command, write_config: WriteConfig, tmp_path: Path
+) -> None:
+    path = write_config(at("model.network.attention_backend", "flex"))
+    ran = mmfuse("fit", "--config", path, "--out", tmp_path / "run")
+    assert ran.code == 1
+    (line,) = [line for line in ran.err.splitlines() if "error" in line]
+    assert "attention backend 'flex' refuses: FlexAttention has no backward pass on the CPU" in line
+    assert "Backends that can: reference, sdpa, rectangles" in line
+    assert "Traceback" not in ran.err
