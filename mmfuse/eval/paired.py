@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,12 @@ from typing import Any
 import numpy as np
 
 from mmfuse.errors import DataError
-from mmfuse.eval.intervals import t_quantile
+from mmfuse.eval.scorers import Metric, score_rows
+from mmfuse.eval.scoring import is_mean
+from mmfuse.eval.statistics import Comparison, cluster_sums, compare_means, compare_metrics
 from mmfuse.eval.store import read_records
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -22,31 +25,23 @@ class Paired:
 
     Attributes:
         task: its name.
-        first: the mean score of the first model.
-        second: the mean score of the second one.
-        difference: second minus first.
-        low: where the 95 % interval of the difference begins.
-        high: where it ends.
-        p: of a two-sided paired t test over clusters, before `holm`.
-        n: questions.
-        clusters: groups of questions that are not independent.
-        detectable: the smallest difference that so many clusters would show with 80 % power; NaN if no answers differ.
+        metric: that is compared.
+        first: of the first model.
+        second: of the second one.
+        comparison: of the two.
+        n: samples that both have answered.
     """
 
     task: str
+    metric: str
     first: float
     second: float
-    difference: float
-    low: float
-    high: float
-    p: float
+    comparison: Comparison
     n: int
-    clusters: int
-    detectable: float
 
 
 def compare_folders(first: Path, second: Path) -> list[Paired]:
-    """Compare two output folders of `mmfuse eval` task by task.
+    """Compare two output folders of `mmfuse eval` task by task, on each task's primary metric.
 
     Raises:
         FileNotFoundError: a folder holds no evaluation.
@@ -62,70 +57,63 @@ def compare_folders(first: Path, second: Path) -> list[Paired]:
         for field in ("questions", "protocol", "scorer"):
             if results[0][task][field] != results[1][task][field]:
                 raise DataError(f"task {task}: the two evaluations differ in their {field}; they cannot be paired")
-    return [paired(task, _scores(first, task), _scores(second, task)) for task in common]
+    return [
+        paired(task, results[0][task]["scorer"], results[0][task]["protocol"], _rows(first, task), _rows(second, task))
+        for task in common
+    ]
 
 
-def paired(task: str, first: Mapping[str, tuple[float, str]], second: Mapping[str, tuple[float, str]]) -> Paired:
-    """Compare two models' scores of the same samples.
+def paired(task: str, scorer: str, protocol: str, first: Sequence[Row], second: Sequence[Row]) -> Paired:
+    """Compare two models' answers to the same samples.
+
+    A sample that one of the models could not be asked is wrong for it where each sample has a score of its own; where
+    the metric is one of all samples together, it is left out for both.
 
     Args:
         task: its name.
-        first: by sample the score and the cluster.
+        scorer: that of the task.
+        protocol: whose rules.
+        first: rows with `id`, `prediction`, `target`, `cluster` and the fields of the scorer.
         second: the same samples.
 
     Raises:
-        DataError: other samples.
+        DataError: other samples, or none that both could be asked.
     """
-    if first.keys() != second.keys():
-        some = sorted(first.keys() ^ second.keys())[0]
+    rows = [{str(row["id"]): row for row in own} for own in (first, second)]
+    if rows[0].keys() != rows[1].keys():
+        some = sorted(rows[0].keys() ^ rows[1].keys())[0]
         raise DataError(f"task {task}: only one of the evaluations has scored {some!r}")
-    names = sorted(first)
-    before, after = (np.array([scores[name][0] for name in names]) for scores in (first, second))
-    difference = after - before
-    mean = float(difference.mean())
-    totals: dict[str, float] = {}
-    for name, own in zip(names, difference - mean, strict=True):
-        totals[first[name][1]] = totals.get(first[name][1], 0.0) + float(own)
-    groups = len(totals)
-    # The cluster-robust variance of a mean, with the small-sample factor of CR1.
-    factor = groups / (groups - 1) if groups > 1 else math.nan
-    error = math.sqrt(factor * sum(total**2 for total in totals.values())) / len(names)
-    quantile = t_quantile(groups - 1.0) if groups > 1 else math.nan
-    # No difference among so many clusters is no proof that there is none.
-    half = max(quantile * error, 1 / groups) if groups > 1 else math.nan
-    power = 0.8416212335729143  # the 80 % quantile of the normal distribution
-    return Paired(
-        task=task,
-        first=float(before.mean()),
-        second=float(after.mean()),
-        difference=mean,
-        low=mean - half,
-        high=mean + half,
-        p=_p_value(mean, error, groups),
-        n=len(names),
-        clusters=groups,
-        detectable=(quantile + power) * error if error else math.nan,
-    )
+    names = list(rows[0])
+    both = [name for name in names if not any("error" in own[name] for own in rows)]
+    if not both:
+        raise DataError(f"task {task}: there is no sample that both models could be asked")
+    results = [score_rows(scorer, [own[name] for name in both], protocol) for own in rows]
+    metric = next(iter(results[0].metrics))
+    values = [result.metrics[metric] for result in results]
+    if all(is_mean(own) and bool((own.counts[:, 1] == 1).all()) for own in values):
+        return _means(task, metric, rows, names, values, both)
+    sums = [cluster_sums(own.counts, [str(rows[0][name]["cluster"]) for name in both]) for own in values]
+    found = compare_metrics(sums[0], sums[1], values[0].value)
+    return Paired(task, metric, values[0].total, values[1].total, found, len(both))
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """The p-values after Holm's correction for their number (1979)."""
-    order = sorted(range(len(values)), key=lambda at: values[at])
-    adjusted, largest = [0.0] * len(values), 0.0
-    for rank, at in enumerate(order):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[at]))
-        adjusted[at] = largest
-    return adjusted
-
-
-def _p_value(mean: float, error: float, groups: int) -> float:
-    if groups < 2:
-        return math.nan
-    if error == 0:
-        return 1.0 if mean == 0 else 0.0
-    from scipy.special import stdtr
-
-    return float(2 * stdtr(groups - 1, -abs(mean) / error))
+def _means(
+    task: str,
+    metric: str,
+    rows: Sequence[Mapping[str, Row]],
+    names: Sequence[str],
+    values: Sequence[Metric],
+    both: Sequence[str],
+) -> Paired:
+    """The comparison of scores of single samples; those that could not be asked have been scored for neither model."""
+    by_name = [dict(zip(both, own.counts[:, 0].tolist(), strict=True)) for own in values]
+    lost = [name for name in names if name not in by_name[0]]
+    # The other model's answer to a sample that only one could be asked has its score from the evaluation itself.
+    for own, found in zip(rows, by_name, strict=True):
+        found |= {name: float(own[name]["score"] or 0) if "error" not in own[name] else 0.0 for name in lost}
+    before, after = (np.array([found[name] for name in names]) for found in by_name)
+    compared = compare_means(before, after, [str(rows[0][name]["cluster"]) for name in names])
+    return Paired(task, metric, float(before.mean()), float(after.mean()), compared, len(names))
 
 
 def _results(folder: Path) -> dict[str, Any]:
@@ -136,6 +124,5 @@ def _results(folder: Path) -> dict[str, Any]:
     return tasks
 
 
-def _scores(folder: Path, task: str) -> dict[str, tuple[float, str]]:
-    rows = read_records(folder / "samples" / f"{task}.jsonl")
-    return {row["id"]: (float(row["score"]), str(row["cluster"])) for row in rows if row["score"] is not None}
+def _rows(folder: Path, task: str) -> list[dict[str, Any]]:
+    return read_records(folder / "samples" / f"{task}.jsonl")

@@ -11,18 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmfuse.errors import RunError
-from mmfuse.eval.intervals import t_quantile
 from mmfuse.eval.runner import OnError, Record, TaskRun
 from mmfuse.eval.scorers import Metric, Result, score_rows
 from mmfuse.eval.scorers.records import ratio
-from mmfuse.eval.scores import Score
+from mmfuse.eval.statistics import bootstrap_interval, cluster_sums, mean_interval
 from mmfuse.eval.tasks.items import Task
-
-#: Below so many independent samples, and where all or none are right, a mean of zeros and ones has Wilson's interval.
-FEW = 50
 
 
 @dataclass(frozen=True)
@@ -33,13 +28,15 @@ class Estimated:
         value: over all samples; NaN where it is not defined.
         low: where the interval begins; NaN if there is none.
         high: where it ends.
-        method: `wilson` or `cluster jackknife`.
+        error: the standard error; NaN if there is none.
+        method: see `mmfuse.eval.statistics.Interval`.
         clusters: how many independent groups of samples it rests on.
     """
 
     value: float
     low: float
     high: float
+    error: float
     method: str
     clusters: int
 
@@ -100,7 +97,7 @@ def score_run(run: TaskRun, on_error: OnError = "wrong") -> TaskScore:
             wrong = [r for r in run.errors if not category or str(r["category"]) == category]
             own, groups = _with_wrong(metric, len(wrong)), clusters + [str(record["cluster"]) for record in wrong]
         metrics[name] = estimate(own, groups)
-    metrics |= {name: Estimated(value, math.nan, math.nan, "none", 0) for name, value in result.fixed.items()}
+    metrics |= {name: Estimated(value, math.nan, math.nan, math.nan, "none", 0) for name, value in result.fixed.items()}
     if run.errors:
         how = "count as wrong in the primary metric" if on_error == "wrong" else "are left out"
         warnings.append(f"{len(run.errors)} of {len(run.records)} samples could not be asked and {how}")
@@ -116,37 +113,29 @@ def judge(task: Task, records: Sequence[Record]) -> tuple[float | None, int]:
 
 
 def estimate(metric: Metric, clusters: Sequence[str]) -> Estimated:
-    """A metric with the interval of the delete-one-cluster jackknife, which serves every function of summed counts.
-
-    Where samples are independent, zeros and ones, and few or all alike, it is Wilson's.
+    """A metric with its interval: clustered for a mean, by bootstrap over clusters for another function of the counts.
 
     Args:
         metric: counts `[N, K]`.
         clusters: of each sample `[N]`.
     """
     counts = np.asarray(metric.counts, dtype=np.float64)
-    names = sorted(set(clusters))
-    value, groups = metric.total, len(names)
-    if metric.bounded and counts.shape[1] == 2:
-        asked = {name for name, count in zip(clusters, counts[:, 1], strict=True) if count}
-        n = len(asked)
-        if n and value in (0.0, 1.0):
-            # All samples of a cluster are alike, and prove no more than one.
-            return Estimated(value, *Score(n, round(value * n)).interval, "wilson", n)
-        if n == int(counts[:, 1].sum()) and n < FEW:
-            return Estimated(value, *Score(n, round(float(counts[:, 0].sum()))).interval, "wilson", n)
-    if groups < 2:
-        return Estimated(value, math.nan, math.nan, "none", groups)
-    place = {name: at for at, name in enumerate(names)}
-    sums = np.zeros((groups, counts.shape[1]))
-    np.add.at(sums, [place[name] for name in clusters], counts)
-    left_out: NDArray[np.float64] = np.asarray(metric.value(counts.sum(0) - sums), dtype=np.float64)
-    variance = (groups - 1) / groups * float(((left_out - left_out.mean()) ** 2).sum())
-    half = t_quantile(groups - 1.0) * math.sqrt(variance)
-    low, high = value - half, value + half
-    if metric.bounded:
-        low, high = max(0.0, low), min(1.0, high)
-    return Estimated(value, low, high, "cluster jackknife", groups)
+    value = metric.total
+    if is_mean(metric):
+        asked = counts[:, 1] > 0
+        if not asked.any():
+            return Estimated(value, math.nan, math.nan, math.nan, "none", 0)
+        own = [name for name, kept in zip(clusters, asked, strict=True) if kept]
+        found = mean_interval(counts[asked, 0], own, binary=metric.bounded)
+    else:
+        found = bootstrap_interval(cluster_sums(counts, clusters), metric.value)
+    return Estimated(value, found.low, found.high, found.error, found.method, found.clusters)
+
+
+def is_mean(metric: Metric) -> bool:
+    """Whether a metric is the mean of one number for each sample that has one."""
+    counts = metric.counts
+    return metric.value is ratio and counts.shape[1] == 2 and bool(np.isin(counts[:, 1], (0, 1)).all())
 
 
 def _with_wrong(metric: Metric, count: int) -> Metric:
@@ -175,6 +164,7 @@ def plain(score: TaskScore) -> dict[str, Any]:
                 "value": _number(own.value),
                 "low": _number(own.low),
                 "high": _number(own.high),
+                "error": _number(own.error),
                 "method": own.method,
                 "clusters": own.clusters,
             }

@@ -74,24 +74,38 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("second", help="that of the other")
     options = parser.parse(argv[1:])
 
-    from mmfuse.eval.paired import compare_folders, holm
+    from mmfuse.eval.paired import compare_folders
+    from mmfuse.eval.statistics import holm
 
     found = compare_folders(Path(options.first), Path(options.second))
-    adjusted = holm([own.p for own in found])
+    adjusted = holm([own.comparison.p for own in found])
     table = Table(title=f"{options.second} against {options.first}", title_justify="left")
-    for name in ("task", "first", "second", "difference", "95 % interval", "p (Holm)", "detectable", "n", "clusters"):
-        table.add_column(name, justify="left" if name == "task" else "right")
+    for name in (
+        "task",
+        "metric",
+        "first",
+        "second",
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+        "detectable",
+        "n",
+        "clusters",
+    ):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
     for own, p in zip(found, adjusted, strict=True):
+        compared = own.comparison
         table.add_row(
             own.task,
+            own.metric,
             f"{own.first:.1%}",
             f"{own.second:.1%}",
-            f"{100 * own.difference:+.1f}",
-            f"{100 * own.low:+.1f} … {100 * own.high:+.1f}",
+            f"{100 * compared.difference:+.1f}",
+            f"{100 * compared.interval.low:+.1f} … {100 * compared.interval.high:+.1f}",
             f"{p:.2g}",
-            "–" if math.isnan(own.detectable) else f"{100 * own.detectable:.1f}",
+            "–" if math.isnan(compared.detectable) else f"{100 * compared.detectable:.1f}",
             str(own.n),
-            str(own.clusters),
+            str(compared.interval.clusters),
         )
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     return 0

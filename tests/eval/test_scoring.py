@@ -8,7 +8,7 @@ import pytest
 
 from mmfuse.errors import DataError, RunError
 from mmfuse.eval.evalreport import calibration, worst, write_evaluation
-from mmfuse.eval.paired import compare_folders, holm, paired
+from mmfuse.eval.paired import compare_folders, paired
 from mmfuse.eval.runner import TaskRun
 from mmfuse.eval.scorers.records import mean
 from mmfuse.eval.scoring import estimate, judge, score_run
@@ -52,23 +52,26 @@ def test_an_interval_knows_which_samples_belong_together():
     assert few.method == "wilson" and few.clusters == 3 and few.low == pytest.approx(0.4385, abs=1e-3)
 
 
-def test_paired_differences_by_hand():
-    first = {str(i): (float(i % 2), str(i)) for i in range(10)}
-    second = {str(i): (float(i % 2 or i < 4), str(i)) for i in range(10)}
-    found = paired("t", first, second)
-    values = np.array([second[str(i)][0] - first[str(i)][0] for i in range(10)])
-    error = values.std(ddof=1) / math.sqrt(10)
-    assert found.difference == pytest.approx(0.2) and found.clusters == 10
-    assert found.high - found.difference == pytest.approx(2.2621572 * error)
-    assert found.p == pytest.approx(0.1679, abs=1e-3)
-    same = paired("t", first, first)
-    assert (same.low, same.high, same.p) == (-0.1, 0.1, 1.0) and math.isnan(same.detectable)
+def rows(answers, errors=()):
+    made = [{"id": str(i), "prediction": text, "target": "yes", "cluster": str(i), "score": float(text == "yes")}
+            for i, text in enumerate(answers)]  # fmt: skip
+    return [row | {"error": "broken"} if row["id"] in errors else row for row in made]
+
+
+def test_rows_of_two_models_are_paired_by_id():
+    said = ["yes", "no"] * 5
+    better = ["yes"] * 4 + said[4:]
+    found = paired("t", "exact_match", "official", rows(said), list(reversed(rows(better))))
+    assert (found.first, found.second, found.n) == (0.5, 0.7, 10)
+    assert found.comparison.p == pytest.approx(0.1679, abs=1e-3)
+    lost = paired("t", "exact_match", "official", rows(said, errors=["1"]), rows(better))
+    assert lost.comparison.difference == pytest.approx(0.2) and lost.n == 10
+    lost = paired("t", "exact_match", "official", rows(said), rows(better, errors=["0", "1"]))
+    assert lost.second == pytest.approx(0.5)
     with pytest.raises(DataError, match="only one of the evaluations"):
-        paired("t", first, {"0": (1.0, "0")})
-
-
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+        paired("t", "exact_match", "official", rows(said), rows(said[:1]))
+    with pytest.raises(DataError, match="no sample that both"):
+        paired("t", "exact_match", "official", rows(["yes"], errors=["0"]), rows(["yes"]))
 
 
 def test_files_of_an_evaluation(small_task, tmp_path):
@@ -87,7 +90,7 @@ def test_files_of_an_evaluation(small_task, tmp_path):
     assert [row["score"] for row in rows] == [1, 0, 0, 1, 1, 0]
     write_evaluation(tmp_path / "b", [score_run(run_of(task, ["yes"] * 6))], identity)
     (compared,) = compare_folders(tmp_path / "a", tmp_path / "b")
-    assert compared.difference == pytest.approx(0.5)
+    assert compared.comparison.difference == pytest.approx(0.5)
     write_evaluation(tmp_path / "c", [score_run(run_of(small_task(5), ["yes"] * 5))], identity)
     with pytest.raises(DataError, match="differ in their questions"):
         compare_folders(tmp_path / "a", tmp_path / "c")
