@@ -40,6 +40,7 @@ COMMANDS: dict[str, Command] = {
     "explain": Command("mmfuse.training.commands", "explain", "show a batch: tokens, labels, who attends to whom"),
     "eval": Command("mmfuse.training.evaluation", "evaluate", "let a model answer tasks, score them, write a report"),
     "compare-eval": Command("mmfuse.training.evaluation", "compare", "two evaluations, compared pair by pair"),
+    "diagnose": Command("mmfuse.training.diagnosis", "main", "does a model use its media, and where? with pictures"),
     "score": Command("mmfuse.eval.scorers.command", "main", "score a file of predictions by a task's rules"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "kernels": Command("mmfuse.training.kernels", "main", "which attention backend runs a mask of a shape, and why"),

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfuse.analysis.attention import answer_rows
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.models import MultimodalLM
 from mmfuse.sequence import Modality, TokenMap
@@ -86,8 +87,7 @@ def modality_dominance(model: MultimodalLM, batch: Mapping[str, Any], *, skip_fi
     """
     inputs = {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
     tokens: TokenMap = inputs["tokens"]
-    rows = torch.zeros_like(tokens.is_answer)
-    rows[:, :-1] = tokens.is_answer[:, 1:] & (tokens.document[:, 1:] == tokens.document[:, :-1])
+    rows = answer_rows(tokens)
     if not bool(rows.any()):
         raise ValueError("dominance needs samples that hold their answers")
     seen = ~tokens.is_pad

@@ -166,6 +166,10 @@ class NetworkEngine:
             found.append(Likelihoods(tuple(logprobs[own_rows]), tuple(counts[own_rows])))
         return found
 
+    def inputs(self, item: Item, media: Sequence[Any], answer: str | None = None) -> dict[str, Any]:
+        """What the model takes for one item, with an answer or, without one, up to where it would begin."""
+        return self._collate([self._encode(item, media, answer)])
+
     def _encode(self, item: Item, media: Sequence[Any], option: str | None = None) -> EncodedSample:
         """The prompt, or the prompt with an option as its answer."""
         by_modality: dict[str, list[Any]] = {}
