@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "compare-eval": Command("mmfuse.training.evaluation", "compare", "two evaluations, compared pair by pair"),
     "diagnose": Command("mmfuse.training.diagnosis", "main", "does a model use its media, and where? with pictures"),
     "score": Command("mmfuse.eval.scorers.command", "main", "score a file of predictions by a task's rules"),
+    "tasks": Command("mmfuse.eval.datasets.command", "main", "name the benchmarks and check for their files"),
     "profile": Command("mmfuse.training.profile", "main", "what strategies cost: FLOPs, parameters, memory, latency"),
     "kernels": Command("mmfuse.training.kernels", "main", "which attention backend runs a mask of a shape, and why"),
     "list": Command("mmfuse.training.commands", "list_", "name the fusions, encoders, connectors and the rest"),

@@ -50,7 +50,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
     training = {"fit", "validate", "test", "predict", "compare"}
-    using = {"generate", "explain", "eval", "compare-eval", "diagnose", "score", "profile", "kernels", "list"}
+    using = {"generate", "explain", "eval", "compare-eval", "diagnose", "score", "tasks", "profile", "kernels", "list"}
     assert set(COMMANDS) == training | using
 
 

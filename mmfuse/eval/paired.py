@@ -12,7 +12,7 @@ import numpy as np
 
 from mmfuse.errors import DataError
 from mmfuse.eval.scorers import Metric, score_rows
-from mmfuse.eval.scoring import is_mean
+from mmfuse.eval.scoring import is_mean, of_samples
 from mmfuse.eval.statistics import Comparison, cluster_sums, compare_means, compare_metrics
 from mmfuse.eval.store import read_records
 
@@ -89,7 +89,7 @@ def paired(task: str, scorer: str, protocol: str, first: Sequence[Row], second: 
         raise DataError(f"task {task}: there is no sample that both models could be asked")
     results = [score_rows(scorer, [own[name] for name in both], protocol) for own in rows]
     metric = next(iter(results[0].metrics))
-    values = [result.metrics[metric] for result in results]
+    values = [of_samples(result.metrics[metric], result.samples) for result in results]
     if all(is_mean(own) and bool((own.counts[:, 1] == 1).all()) for own in values):
         return _means(task, metric, rows, names, values, both)
     sums = [cluster_sums(own.counts, [str(rows[0][name]["cluster"]) for name in both]) for own in values]

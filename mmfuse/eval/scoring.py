@@ -14,8 +14,8 @@ import numpy as np
 
 from mmfuse.errors import RunError
 from mmfuse.eval.runner import OnError, Record, TaskRun
-from mmfuse.eval.scorers import Metric, Result, score_rows
-from mmfuse.eval.scorers.records import ratio
+from mmfuse.eval.scorers import Metric, Result, Sample, score_rows
+from mmfuse.eval.scorers.records import mean, ratio
 from mmfuse.eval.statistics import bootstrap_interval, cluster_sums, mean_interval
 from mmfuse.eval.tasks.items import Task
 
@@ -91,7 +91,7 @@ def score_run(run: TaskRun, on_error: OnError = "wrong") -> TaskScore:
     warnings = list(result.warnings)
     metrics = {}
     for name, metric in result.metrics.items():
-        own, groups = metric, clusters
+        own, groups = of_samples(metric, result.samples) if name == primary else metric, clusters
         if on_error == "wrong" and run.errors and name.split("/")[0] == primary:
             category = name.partition("/")[2]
             wrong = [r for r in run.errors if not category or str(r["category"]) == category]
@@ -99,7 +99,8 @@ def score_run(run: TaskRun, on_error: OnError = "wrong") -> TaskScore:
         metrics[name] = estimate(own, groups)
     metrics |= {name: Estimated(value, math.nan, math.nan, math.nan, "none", 0) for name, value in result.fixed.items()}
     if run.errors:
-        how = "count as wrong in the primary metric" if on_error == "wrong" else "are left out"
+        counted = on_error == "wrong" and is_mean(of_samples(result.metrics[primary], result.samples))
+        how = "count as wrong in the primary metric" if counted else "are left out"
         warnings.append(f"{len(run.errors)} of {len(run.records)} samples could not be asked and {how}")
     return TaskScore(run, result, usable, metrics, tuple(warnings))
 
@@ -130,6 +131,14 @@ def estimate(metric: Metric, clusters: Sequence[str]) -> Estimated:
     else:
         found = bootstrap_interval(cluster_sums(counts, clusters), metric.value)
     return Estimated(value, found.low, found.high, found.error, found.method, found.clusters)
+
+
+def of_samples(metric: Metric, samples: Sequence[Sample]) -> Metric:
+    """A mean of zeros and ones that stands among other counts (accuracy beside F1) as the mean of the samples' scores."""
+    if not metric.bounded or is_mean(metric) or any(sample.score is None for sample in samples):
+        return metric
+    plain_mean = mean(sample.score for sample in samples)
+    return plain_mean if math.isclose(plain_mean.total, metric.total, abs_tol=1e-12) else metric
 
 
 def is_mean(metric: Metric) -> bool:

@@ -112,6 +112,42 @@ def by_category(name: str, samples: Sequence[Sample]) -> dict[str, Metric]:
     }
 
 
+def mean_of_groups(values: Sequence[float | bool | None], groups: Sequence[str]) -> Metric:
+    """The mean over groups of each group's mean, whatever its size; groups without a value do not count.
+
+    Args:
+        values: of the samples; `None` leaves one out.
+        groups: the group of each sample.
+    """
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    counts = np.zeros((len(values), 2 * len(places)))
+    for row, (value, group) in enumerate(zip(values, groups, strict=True)):
+        if value is not None:
+            counts[row, 2 * places[group] : 2 * places[group] + 2] = float(value), 1.0
+
+    def value_of(sums: Counts) -> Counts:
+        pairs = sums.reshape(*sums.shape[:-1], -1, 2)
+        held = pairs[..., 1] > 0
+        means = np.divide(pairs[..., 0], pairs[..., 1], out=np.zeros_like(pairs[..., 0]), where=held)
+        return ratio(np.stack([means.sum(-1), held.sum(-1)], -1))
+
+    return Metric(counts, value_of)
+
+
+def whole_groups(scores: Sequence[float | None], groups: Sequence[str]) -> list[bool | None]:
+    """For the first sample of each group, whether all samples of the group score 1; None for all others.
+
+    Args:
+        scores: of the samples.
+        groups: the group of each sample; a sample with an empty one belongs to none.
+    """
+    whole: dict[str, bool] = {}
+    for score, group in zip(scores, groups, strict=True):
+        whole[group] = whole.get(group, True) and score == 1.0
+    whole.pop("", None)
+    return [whole.pop(group, None) for group in groups]
+
+
 def unparsed(samples: Sequence[Sample]) -> Metric:
     """The share of samples whose prediction could not be read."""
     return mean(sample.parsed is None for sample in samples)

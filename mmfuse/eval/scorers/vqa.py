@@ -90,8 +90,8 @@ def gqa(rows: Sequence[Row], protocol: str) -> Result:
     """GQA: the same string, after what everybody does to a prediction before the official script sees it.
 
     `official` takes trailing periods off and lowers the case (LLaVA's converter) and compares exactly; `lmms` lowers
-    both and deletes all punctuation, so "t-shirt" is "tshirt" (NumPy cuts what lower-casing lengthens there, such as "İ";
-    here it is not cut); `vlmevalkit` strips and lowers both.
+    both and deletes all punctuation, so "t-shirt" is "tshirt" (NumPy cuts what lower-casing lengthens there, such as
+    "İ"; here it is not cut); `vlmevalkit` strips and lowers both.
     The official file also gives `types`; then accuracies by structural and semantic type are added.
     """
     samples, structural, semantic = [], [], []

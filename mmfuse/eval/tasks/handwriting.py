@@ -83,7 +83,7 @@ def pope() -> Task:
     order = {"random": 0, "popular": 1, "adversarial": 2}
     items.sort(key=lambda item: order[item.category])
     return Task(
-        "handwriting_pope", "exact_match", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no"
+        "handwriting_pope", "pope", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no"
     )
 
 
@@ -111,7 +111,7 @@ def choice() -> Task:
             )
         )
     about = "the digit in a cell, by the likelihood of four options"
-    return Task("handwriting_choice", "exact_match", "official", tuple(items), Request.RANK, about=about)
+    return Task("handwriting_choice", "multiple_choice", "official", tuple(items), Request.RANK, about=about)
 
 
 def count() -> Task:

@@ -129,7 +129,7 @@ def pope() -> Task:
     order = ("random", "popular", "adversarial")
     items.sort(key=lambda item: order.index(item.category))
     about = "is there a thing in the image"
-    return Task("pictures_pope", "exact_match", "official", tuple(items), max_new_tokens=8, about=about)
+    return Task("pictures_pope", "pope", "official", tuple(items), max_new_tokens=8, about=about)
 
 
 def choice() -> Task:
@@ -155,7 +155,7 @@ def choice() -> Task:
                         cluster=f"{picture.name}-{number}",
                     )
                 )
-    return Task("pictures_choice", "exact_match", "official", tuple(items), about="answers with a letter")
+    return Task("pictures_choice", "multiple_choice", "official", tuple(items), about="answers with a letter")
 
 
 def _pope_item(picture: _Picture, split: str, turn: str, thing: str, answer: str) -> Item:

@@ -153,6 +153,11 @@ def evalai(answer: str) -> str:
     return _words(_punctuation(_one_line(words), _EVALAI_COMMA, _PERIOD))
 
 
+def vlmevalkit_punctuation(text: str) -> str:
+    """VLMEvalKit's pass over punctuation alone, which it also uses for yes and no."""
+    return _punctuation(text, _COMMA, _LONE_PERIOD)
+
+
 def _one_line(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
