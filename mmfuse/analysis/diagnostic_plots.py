@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mmfuse.analysis.comparison_plots import COLOURS
 from mmfuse.analysis.plots import BLUE, DPI, GREY, INK, ORANGE
@@ -57,13 +57,18 @@ def _dominance(found: Found) -> Figure:
     axes.plot([], [], ":", color=INK, label="without the first token")
     axes.axhline(1, color=GREY, lw=1)
     axes.set(yscale="log", xlabel="layer", ylabel="MDI: above 1, text is favoured")
+    # Powers of ten are of no use where all values lie between two of them.
+    for place in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        place(FuncFormatter(lambda value, _: f"{value:g}"))
     return _with_legend(figure, axes, 3)
 
 
 def _sinks(found: Found) -> Figure:
     figure, axes = _figure(8.0, 4.0)
     for (task, own), colour in zip(found.items(), _colours(found), strict=True):
-        axes.plot(range(len(own["mean"])), own["mean"], "-o", ms=4, color=colour, label=task)
+        # A step aside for each task: most models have no sinks, and their lines would cover each other.
+        aside = 0.03 * (list(found).index(task) - (len(found) - 1) / 2)
+        axes.plot(np.arange(len(own["mean"])) + aside, own["mean"], "-o", ms=4, color=colour, label=task)
     axes.set(ylim=(-0.03, 1.03), xlabel="layer", ylabel="share of visual attention on sinks")
     return _with_legend(figure, axes, 3)
 
@@ -110,7 +115,12 @@ def _position(found: Found) -> Figure:
                               textcoords="offset points", ha="center", fontsize=8, color=INK)  # fmt: skip
     parts = len(next(iter(found.values()))["bins"])
     axes.set_xticks(range(parts), labels=[f"{100 * i // parts}–{100 * (i + 1) // parts} %" for i in range(parts)])
-    axes.set(ylim=(-0.05, 1.12), xlabel="place in the answer", ylabel="share of mentions that are made up")
+    axes.set(
+        xlim=(-0.4, parts - 0.6),
+        ylim=(-0.05, 1.12),
+        xlabel="place in the answer",
+        ylabel="share of mentions that are made up",
+    )
     return _with_legend(figure, axes, 3)
 
 
@@ -123,7 +133,12 @@ def _yes(found: Found) -> Figure:
     axes.errorbar(means, range(len(rows)), xerr=spread, fmt="o", color=BLUE, capsize=4)
     axes.axvline(0, color=GREY, lw=1)
     axes.set_yticks(range(len(rows)), labels=[name for name, _ in rows])
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-1.05, 1.05), xlabel="share of yes said, less share of yes right")
+    axes.set(
+        ylim=(len(rows) - 0.5, -0.5),
+        xlim=(-1.05, 1.05),
+        xticks=np.linspace(-1, 1, 9),
+        xlabel="share of yes said, less share of yes right",
+    )
     return figure
 
 

@@ -134,7 +134,7 @@ def estimate(metric: Metric, clusters: Sequence[str]) -> Estimated:
 
 
 def of_samples(metric: Metric, samples: Sequence[Sample]) -> Metric:
-    """A mean of zeros and ones that stands among other counts (accuracy beside F1) as the mean of the samples' scores."""
+    """A mean of zeros and ones that stands among other counts (accuracy beside F1), as the mean of scores."""
     if not metric.bounded or is_mean(metric) or any(sample.score is None for sample in samples):
         return metric
     plain_mean = mean(sample.score for sample in samples)

@@ -178,6 +178,29 @@ def test_two_ranks_write_the_bytes_of_one(make_engine, small_task, tmp_path, fus
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
+def test_likelihoods_do_not_depend_on_the_batch(make_engine, small_task, tmp_path, fusion):
+    engine = make_engine(fusion)
+    for request in Request:
+        task = small_task(16, request)
+        runs = {
+            "alone": RunSettings(batch_size=1),
+            "eight": RunSettings(batch_size=8),
+            "sorted": RunSettings(batch_tokens=10_000),
+        }
+        found = {name: run_task(engine, task, tmp_path / request / name, own).records for name, own in runs.items()}
+        for name in ("eight", "sorted"):
+            for one, other in zip(found["alone"], found[name], strict=True):
+                if request is Request.RANK:
+                    assert other["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
+                near_tie = min(one["margin"], other["margin"]) < 1e-4
+                assert near_tie or other["prediction"] == one["prediction"]
+                assert (
+                    near_tie or request is Request.RANK or other["logprob"] == pytest.approx(one["logprob"], abs=1e-4)
+                )
+
+
+@pytest.mark.slow
 def test_kills_at_random_points_leave_the_bytes_of_an_uninterrupted_run(engine, small_task, tmp_path):
     task = small_task(40)
     engine.identity()

@@ -82,9 +82,7 @@ def pope() -> Task:
                 )
     order = {"random": 0, "popular": 1, "adversarial": 2}
     items.sort(key=lambda item: order[item.category])
-    return Task(
-        "handwriting_pope", "pope", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no"
-    )
+    return Task("handwriting_pope", "pope", "official", tuple(items), max_new_tokens=4, about="Is there a 7? yes or no")
 
 
 def choice() -> Task:
@@ -111,7 +109,7 @@ def choice() -> Task:
             )
         )
     about = "the digit in a cell, by the likelihood of four options"
-    return Task("handwriting_choice", "multiple_choice", "official", tuple(items), Request.RANK, about=about)
+    return Task("handwriting_choice", "multiple_choice", "letter", tuple(items), Request.RANK, about=about)
 
 
 def count() -> Task:

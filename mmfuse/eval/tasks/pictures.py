@@ -155,7 +155,7 @@ def choice() -> Task:
                         cluster=f"{picture.name}-{number}",
                     )
                 )
-    return Task("pictures_choice", "multiple_choice", "official", tuple(items), about="answers with a letter")
+    return Task("pictures_choice", "multiple_choice", "letter", tuple(items), about="answers with a letter")
 
 
 def _pope_item(picture: _Picture, split: str, turn: str, thing: str, answer: str) -> Item:
