@@ -120,7 +120,7 @@ def attention_to_image(
     tokens: TokenMap = inputs["tokens"]
     if int(tokens.document.max()) > 0:
         raise ValueError("attention maps take one document in a row; this batch is packed")
-    rows = _answer_rows(tokens)
+    rows = answer_rows(tokens)
     views = [_View(tokens, rows, sample) for sample in range(tokens.shape[0])]
     found: dict[int, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
@@ -209,7 +209,7 @@ class _View:
         return weights[self.answers][:, self.image], question_to_image, image_to_question
 
 
-def _answer_rows(tokens: TokenMap) -> Tensor:
+def answer_rows(tokens: TokenMap) -> Tensor:
     """bool `[B, S]`: the tokens whose successor is an answer token of the same document."""
     rows = torch.zeros_like(tokens.is_answer)
     rows[:, :-1] = tokens.is_answer[:, 1:] & (tokens.document[:, 1:] == tokens.document[:, :-1])

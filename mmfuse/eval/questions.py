@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from mmfuse.analysis.mode import evaluation_mode
 from mmfuse.data.samples import Sample, encode_sample, split_answer
+from mmfuse.eval.engine import closing_tokens, greedy_config
 from mmfuse.eval.text import normalise
 from mmfuse.models import EncodedSample, MultimodalLM, MultimodalProcessor
 from mmfuse.models.chat import content_text, without_placeholders
@@ -89,7 +90,7 @@ def answer_questions(
         raise ValueError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     asked = [_ask(sample, processor, blind) for sample in samples]
     order = sorted(range(len(asked)), key=lambda number: -len(asked[number][1]))
-    config = _greedy(model, processor, max_new_tokens)
+    config = greedy_config(closing_tokens(model, processor), processor, max_new_tokens)
     predictions: dict[int, Prediction] = {}
     with evaluation_mode(model), torch.inference_mode():
         for start in range(0, len(order), batch_size):
@@ -145,30 +146,6 @@ def _ask(sample: Sample, processor: MultimodalProcessor, blind: bool) -> tuple[P
         prompt = _without_content(prompt, processor.feature_shapes)
     encoded = encode_sample(prompt, processor.encoder, generation=True)
     return Prediction(sample.key, str(family), question, answer.strip(), "", -1), encoded
-
-
-def _greedy(model: MultimodalLM, processor: MultimodalProcessor, max_new_tokens: int) -> GenerationConfig:
-    """Greedy decoding that stops at the model's end tokens and at the chat format's own.
-
-    What is not said here comes from the checkpoint's own generation config, so penalties, which some checkpoints bring,
-    are switched off by name.
-    """
-    known = model.generation_config.eos_token_id
-    ends = {known} if isinstance(known, int) else set(known or ())
-    closing = processor.tokenizer.encode(processor.encoder.format.end, add_special_tokens=False)
-    if len(closing) == 1 or (closing and closing[0] in processor.tokenizer.all_special_ids):
-        ends.add(closing[0])
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        min_length=0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        use_cache=True,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
 
 
 def _generate(
