@@ -50,7 +50,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for name, entry in COMMANDS.items():
         assert entry.help in listed[name]
     training = {"fit", "validate", "test", "predict", "compare", "verify-resume", "chaos"}
-    evaluation = {"eval", "compare-eval", "score", "tasks"}
+    evaluation = {"eval", "compare-eval", "diagnose", "score", "tasks"}
     others = {"generate", "explain", "export", "profile", "kernels", "data", "list"}
     assert set(COMMANDS) == training | evaluation | others
 
