@@ -91,8 +91,14 @@ def fault(name: str, **arguments: Any) -> str:
 def refused(trial: Trial, says: str, codes: Sequence[int] = (1,)) -> Outcome:
     """Wait for a run that should fail, with one of some exit codes and a message."""
     code = trial.wait(PATIENCE)
-    words = trial.last_words(1)
+    words = said(trial)
     return Outcome(code in codes and says in words, f"exit code {code}: {words}")
+
+
+def said(trial: Trial) -> str:
+    """The message that a run ended with; threads that its end surprises may print something behind it."""
+    lines = trial.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if line.startswith("mmfuse: error")), trial.last_words(1))
 
 
 def saved_step(run: Path) -> tuple[int, str | None]:

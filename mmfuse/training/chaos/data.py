@@ -37,7 +37,7 @@ def dead_disk(bench: Bench, name: str) -> Outcome:
 def stalled_reads(bench: Bench, name: str) -> Outcome:
     """In two workers; without any, the run itself would hang in the read."""
     words = (fault("StalledReads", after=8), WORKERS, "2", TIMEOUT, "5")
-    return refused(bench.start(name, *words), "the last samples that they read")
+    return refused(bench.start(name, *words), "The last samples that they read: ")
 
 
 def bad_samples(bench: Bench, name: str) -> Outcome:

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from mmfuse.training.chaos.bench import PATIENCE, Bench, Outcome, saved_step
+from mmfuse.training.chaos.bench import PATIENCE, Bench, Outcome, said, saved_step
 from mmfuse.training.streaming import read_sample_log
 from mmfuse.training.trials import Trial, step_of
 from mmfuse.training.verify_resume import verify_resume
@@ -58,7 +58,8 @@ def kill_worker(bench: Bench, name: str) -> Outcome:
     if not _reached(trial):
         return _too_early(trial)
     os.kill(children(trial.pid)[0], signal.SIGKILL)
-    code, words = trial.wait(PATIENCE), trial.last_words(1)
+    code = trial.wait(PATIENCE)
+    words = said(trial)
     if code != 1 or "the data workers" not in words:
         return Outcome(False, f"exit code {code}: {words}")
     return bench.same(bench.finish(name, WORKERS, "2"), f"exit code 1: {words}")
