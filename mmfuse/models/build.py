@@ -22,7 +22,7 @@ from mmfuse.errors import ConfigError, unknown
 from mmfuse.models.adopt import NATIVE, AdoptedConfig, AdoptedLM
 from mmfuse.models.adopt.processor import AdoptedProcessor
 from mmfuse.models.attention import ATTENTION
-from mmfuse.models.config import MultimodalConfig, decoder_config
+from mmfuse.models.config import MultimodalConfig, decoder_config, known_keys
 from mmfuse.models.encoders import Encoder, VisionEncoder
 from mmfuse.models.media import MEDIA
 from mmfuse.models.modeling import MultimodalLM
@@ -178,6 +178,9 @@ def _placeholder_ids(modalities: Iterable[str], tokenizer: PreTrainedTokenizerBa
 def _checkpoint_config(pretrained: str, settings: dict[str, Any]) -> PreTrainedConfig:
     """The config of a checkpoint, after a check that it is what `settings` say."""
     config = decoder_config(AutoConfig.from_pretrained(pretrained))
+    # Checkpoints hold keys that no class reads; a config of ours that had them could not be loaded again.
+    for stranger in config.to_dict().keys() - set(known_keys(type(config))):
+        delattr(config, stranger)
     for name, value in settings.items():
         found = getattr(config, name, None)
         if found != value:

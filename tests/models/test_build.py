@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,15 @@ def test_building_refuses(made: NetworkSpec, message: str) -> None:
 
 
 # A decoder with weights of its own
+
+
+def test_a_key_that_no_class_reads_is_left_behind(checkpoint: Path, tmp_path: Path) -> None:
+    config = checkpoint / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_model_name_or_path": "a name from GGUF"}))
+    model, _ = build_network(_pretrained(checkpoint), load_tokenizer())
+    model.save_pretrained(tmp_path / "whole")
+    loaded = MultimodalLM.from_pretrained(tmp_path / "whole")
+    assert "_model_name_or_path" not in loaded.config.text_config.to_dict()
 
 
 def test_a_pretrained_decoder_keeps_its_weights_and_grows(checkpoint: Path, tmp_path: Path) -> None:
