@@ -102,7 +102,7 @@ def diagnose(
 def ablation(engine: NetworkEngine, found: Sequence[Probe]) -> dict[str, Any]:
     """Δ log p of the right answer, in nats: its mean with a 95 % interval over clusters, and for each sample."""
     whole = _logprobs(engine, found)
-    others = {
+    others: dict[str, Sequence[Probe | None]] = {
         "blank": [probe.with_media(blank(probe.media)) for probe in found],
         "shuffle": shuffled(found),
     }
