@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     module = tuned_module(run / ADAPTER, run / CONFIG, merging=options.merge)
     if options.merge:
+        # In half precision what the adapter adds would be rounded away where it is small.
+        module.network.float()
         remove_adapter(module.network, merge=True)
         _save_merged(module.network, out)
     else:

@@ -33,7 +33,10 @@ def load_model(folder: Path) -> tuple[MultimodalLM, MultimodalProcessor]:
         from mmfuse.training.export import CONFIG, tuned_module
 
         config = folder / CONFIG if (folder / CONFIG).is_file() else folder.parent / CONFIG
-        module = tuned_module(folder, config).to(device)
+        module = tuned_module(folder, config)
+        if module.adapter is not None and module.adapter.base_dtype != "float32":
+            module.float()  # outside of training nothing casts between the base and what was trained
+        module.to(device)
         return module.network, module.processor
     model: MultimodalLM = MultimodalLM.from_pretrained(folder)
     model.to(device)  # type: ignore[arg-type]

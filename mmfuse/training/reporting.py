@@ -116,7 +116,8 @@ def write_run_results(
     scores = score(seen, blind) if seen else {}
     pictures = training_pictures(folder, module)
     if seen:
-        pictures += answer_pictures(folder, module, data.sources["test"], seen, blind, scores)
+        with trainer.precision_plugin.forward_context():
+            pictures += answer_pictures(folder, module, data.sources["test"], seen, blind, scores)
     seconds = round(time.monotonic() - mmfuse.STARTED, 1)
     results = {**scores, **describe_run(trainer, module, data), "seconds": seconds}
     if "steps" not in results:

@@ -122,6 +122,23 @@ def test_exported_adapter_and_its_base_load_in_vanilla_peft(
     assert again.code == 2 and "there is something already" in again.err
 
 
+def test_merging_into_a_base_in_half_precision_rounds_nothing(
+    write_config: Callable[..., Path], mmfuse: Callable[..., Any], tmp_path: Path
+) -> None:
+    half = {"model": {"adapter": {**LORA["model"]["adapter"], "base_dtype": "bfloat16"}}}
+    config = write_config({**half, "trainer": {"precision": "bf16-mixed", "max_steps": 2}})
+    assert mmfuse("fit", "--config", config, "--out", "run").code == 0
+    assert mmfuse("export", "--ckpt", "run", "--merge", "--out", "merged").code == 0
+    tuned = tuned_module(tmp_path / "run" / "adapter", tmp_path / "run" / "config.yaml").network.float().eval()
+    merged = MultimodalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.arange(40, 60).unsqueeze(0)
+    with torch.no_grad():
+        assert merged.dtype == torch.float32
+        torch.testing.assert_close(merged(ids).logits, tuned(ids).logits, rtol=0, atol=1e-4)
+    asked = mmfuse("generate", "--ckpt", "run", "--prompt", "Which?")
+    assert asked.code == 0, asked.err
+
+
 def test_a_damaged_adapter_is_refused_by_generate_and_export(
     tuned: Path, mmfuse: Callable[..., Any], tmp_path: Path
 ) -> None:
