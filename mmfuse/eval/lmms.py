@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from mmfuse.data.sources.images import decode_image
+from mmfuse.data.decoders import PICTURE, decode_file
 from mmfuse.errors import ConfigError, DataError
 from mmfuse.eval.tasks.items import Item, MediaFile
 from mmfuse.models.media import MEDIA
@@ -128,5 +128,5 @@ def _image(given: Any, label: str) -> Any:
     if isinstance(given, Image.Image):
         return given if given.mode in ("L", "RGB") else given.convert("RGB")
     if isinstance(given, str | Path) and Path(given).is_file():
-        return decode_image(Path(given).read_bytes(), label)
+        return decode_file(Path(given).read_bytes(), PICTURE, label)
     raise DataError(f"{label}: expected a picture or the path of a file, got {type(given).__name__}")

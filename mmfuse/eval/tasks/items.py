@@ -11,11 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mmfuse.data.sources.features import FEATURE_FORMATS, decode_features
-from mmfuse.data.sources.images import decode_image
+from mmfuse.data.decoders import FEATURE_FORMATS, PICTURE, decode_file
 from mmfuse.errors import DataError
 from mmfuse.models.chat import Message
-from mmfuse.models.media import MEDIA
+from mmfuse.models.media import MEDIA, Features
 
 #: Fields of a row that the runner writes itself; a task's own fields must have other names.
 ROW_KEYS = ("id", "prediction", "target")
@@ -58,10 +57,10 @@ class MediaFile:
         if not data:
             raise DataError(f"{self.name}: the file is empty")
         if self.ending in FEATURE_FORMATS:
-            return decode_features(data, self.ending, self.name)
+            return Features.of(decode_file(data, self.ending, self.name), self.name)
         if self.modality != "image":
             raise DataError(f"{self.name}: {self.modality} is read as features, in .{' or .'.join(FEATURE_FORMATS)}")
-        return decode_image(data, self.name)
+        return decode_file(data, PICTURE, self.name)
 
 
 @dataclass(frozen=True)
