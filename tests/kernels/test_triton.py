@@ -107,8 +107,8 @@ FULL = [
       for i, (length, group, head_dim) in enumerate(itertools.product(LENGTHS, HEADS, HEAD_DIMS))),
 ]  # fmt: skip
 
-#: Every 11th case is a slow one; the others are exhaustive as well.
-SAMPLED = [pytest.param(case, marks=[pytest.mark.exhaustive] if i % 11 else []) for i, case in enumerate(FULL)]
+#: Every 22nd case is a slow one; the others are exhaustive as well.
+SAMPLED = [pytest.param(case, marks=[pytest.mark.exhaustive] if i % 22 else []) for i, case in enumerate(FULL)]
 
 
 def guarded(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
