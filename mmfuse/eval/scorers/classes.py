@@ -69,8 +69,11 @@ def class_metrics(pairs: Sequence[tuple[str, str]]) -> dict[str, Metric]:
         counts[row, 3 * place[wanted]] = float(given == wanted)
         counts[row, 3 * place[given] + 1] += 1.0
         counts[row, 3 * place[wanted] + 2] += 1.0
-    values = {"accuracy": _accuracy, "balanced_accuracy": _balanced, "kappa": _kappa, "weighted_f1": _weighted_f1}
-    return {name: Metric(counts, value, bounded=name == "accuracy") for name, value in values.items()}
+    values = {"balanced_accuracy": _balanced, "kappa": _kappa, "weighted_f1": _weighted_f1}
+    return {
+        "accuracy": mean(given == wanted for given, wanted in pairs),
+        **{name: Metric(counts, value) for name, value in values.items()},
+    }
 
 
 def _parts(sums: Counts) -> tuple[Counts, Counts, Counts]:
@@ -80,11 +83,6 @@ def _parts(sums: Counts) -> tuple[Counts, Counts, Counts]:
 
 def _divided(numerator: Counts, denominator: Counts, otherwise: float) -> Counts:
     return np.divide(numerator, denominator, out=np.full_like(numerator, otherwise), where=denominator != 0)
-
-
-def _accuracy(sums: Counts) -> Counts:
-    hits, _, size = _parts(sums)
-    return _divided(hits.sum(-1), size.sum(-1), math.nan)
 
 
 def _balanced(sums: Counts) -> Counts:

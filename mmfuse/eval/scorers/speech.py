@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mmfuse.errors import ConfigError, DataError
-from mmfuse.eval.scorers.records import Counts, Metric, Result, Row, Sample, clusters, identity, optional, text
+from mmfuse.eval.scorers.records import Counts, Metric, Result, Row, Sample, clusters, identity, mean, optional, text
 from mmfuse.eval.text import edit_distance
 
 
@@ -26,7 +26,7 @@ def asr(rows: Sequence[Row], protocol: str, resources: Mapping[str, str]) -> Res
         said, meant = normal(text(row)), normal(text(row, "target"))
         words, letters = edit_distance(meant.split(), said.split()), edit_distance(meant.strip(), said.strip())
         sizes = len(meant.split()), len(meant.strip())
-        counts.append((words, sizes[0], letters, sizes[1], float(words > 0)))
+        counts.append((words, sizes[0], letters, sizes[1]))
         own = clusters(row, "speaker", "speaker_id")
         samples.append(
             Sample(identity(row), float(words == 0), said, protocol, own, optional(row, "split", "category"))
@@ -36,8 +36,7 @@ def asr(rows: Sequence[Row], protocol: str, resources: Mapping[str, str]) -> Res
     for name in dict.fromkeys(sample.category for sample in samples if sample.category):
         inside = np.array([[sample.category == name] for sample in samples])
         metrics[f"wer/{name}"] = Metric(held[:, :2] * inside, _rate)
-    ones = np.ones((len(rows), 1))
-    metrics["sentence_error_rate"] = Metric(np.concatenate([held[:, 4:], ones], 1), _rate, bounded=True)
+    metrics["sentence_error_rate"] = mean(sample.score == 0 for sample in samples)
     return Result(tuple(samples), metrics)
 
 

@@ -76,8 +76,8 @@ def binary_metrics(
         found = sample.parsed == positive
         missed = truth == positive and not found and (silence_is_missed or sample.parsed is not None)
         hit = found and truth == positive
-        rows.append((hit, found and truth != positive, missed, sample.parsed == truth, sample.parsed == "yes", 1.0))
-    counts = np.array(rows, dtype=np.float64).reshape(-1, 6)
+        rows.append((hit, found and truth != positive, missed))
+    counts = np.array(rows, dtype=np.float64).reshape(-1, 3)
 
     def part(numerator: int, *denominator: int) -> Callable[[Counts], Counts]:
         return lambda sums: _or_zero(sums[..., numerator], sums[..., list(denominator)].sum(-1))
@@ -87,11 +87,11 @@ def binary_metrics(
         return _or_zero(2 * sums[..., 0], 2 * sums[..., 0] + sums[..., 1] + sums[..., 2])
 
     return {
-        "accuracy": Metric(counts, part(3, 5), bounded=True),
-        "precision": Metric(counts, part(0, 0, 1), bounded=False),
-        "recall": Metric(counts, part(0, 0, 2), bounded=False),
+        "accuracy": mean(sample.parsed == truth for sample, truth in zip(samples, labels, strict=True)),
+        "precision": Metric(counts, part(0, 0, 1)),
+        "recall": Metric(counts, part(0, 0, 2)),
         "f1": Metric(counts, f1),
-        "yes_ratio": Metric(counts, part(4, 5), bounded=True),
+        "yes_ratio": mean(sample.parsed == "yes" for sample in samples),
     }
 
 
