@@ -18,7 +18,7 @@ from mmfuse.models import MultimodalLM, MultimodalProcessor
 BATCH_TOKENS = 16384
 
 
-class MmfuseChat(lmms):  # type: ignore[misc]
+class MmfuseChat(lmms):
     """An mmfuse checkpoint, answering chat requests.
 
     Args:

@@ -46,13 +46,18 @@ class Score:
     @property
     def interval(self) -> tuple[float, float]:
         """The Wilson score interval (1927) at 95 %: inside 0..1 and sensible for few answers, or all right."""
-        n, p, z2 = self.n, self.accuracy, Z95**2
-        middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-        half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-        # Rounding may leave 1e-17 beyond the ends where they are known exactly.
-        low = 0.0 if self.right == 0 else max(0.0, middle - half)
-        high = 1.0 if self.right == n else min(1.0, middle + half)
-        return low, high
+        return wilson(self.accuracy, self.n)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """Wilson's interval at 95 % for a share of `n` independent answers, which need not be a whole number of them."""
+    z2 = Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # Rounding may leave 1e-17 beyond the ends where they are known exactly.
+    low = 0.0 if share == 0 else max(0.0, middle - half)
+    high = 1.0 if share == 1 else min(1.0, middle + half)
+    return low, high
 
 
 def exact_match(predictions: Sequence[Prediction]) -> Score:

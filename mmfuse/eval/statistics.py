@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmfuse.eval.intervals import t_quantile
-from mmfuse.eval.scores import Score
+from mmfuse.eval.scores import wilson
 
 Array = NDArray[np.float64]
 #: From summed counts `[..., K]` to the metric `[...]`; NaN where it is not defined.
@@ -100,12 +100,11 @@ def mean_interval(values_N: Array, clusters: Sequence[str], *, binary: bool = Fa
     """
     names = set(clusters)
     groups, mean = len(names), float(values_N.mean())
-    alike = binary and mean in (0.0, 1.0)
-    if alike or (binary and groups == len(values_N) < FEW):
-        # Samples of a cluster that are all alike prove no more than one.
-        low, high = Score(groups, round(mean * groups)).interval
-        return Interval(low, high, clustered_error(values_N, clusters), "wilson", groups)
     error = clustered_error(values_N, clusters)
+    # Clusters that are all alike (all right, or each half right because only yes is said) show no spread of their own.
+    alike = binary and (mean in (0.0, 1.0) or error < 1e-12)
+    if alike or (binary and groups == len(values_N) < FEW):
+        return Interval(*wilson(mean, groups), error, "wilson", groups)
     if math.isnan(error):
         return Interval(math.nan, math.nan, math.nan, "none", groups)
     half = t_quantile(groups - 1.0) * error

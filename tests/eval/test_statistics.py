@@ -117,9 +117,13 @@ def test_holm_is_the_plain_procedure(values):
 def test_few_or_equal_answers_have_wilsons_interval():
     ones = mean_interval(np.ones(12), [str(i // 4) for i in range(12)], binary=True)
     assert (ones.method, ones.clusters) == ("wilson", 3) and ones.low == pytest.approx(0.4385, abs=1e-3)
+    always_yes = mean_interval(np.array([0.0, 1.0] * 10), [str(i // 4) for i in range(20)], binary=True)
+    assert (always_yes.method, always_yes.clusters) == ("wilson", 5) and always_yes.high - always_yes.low > 0.5
     half = mean_interval(np.array([0.0, 1.0] * 5), [str(i) for i in range(10)], binary=True)
     assert half.method == "wilson" and (half.low, half.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert mean_interval(np.array([0.0, 1.0] * 5), [str(i // 2) for i in range(10)], binary=True).method != "wilson"
+    assert (
+        mean_interval(np.array([0.0, 1.0] * 5), [str(i // 3) for i in range(10)], binary=True).method == "clustered t"
+    )
 
 
 def test_a_bootstrap_of_a_mean_is_the_clustered_interval():
