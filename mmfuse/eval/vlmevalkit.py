@@ -1,7 +1,7 @@
 """A model for VLMEvalKit: `infer_data_job(model=MmfuseVLM("runs/aki/model"), …)`, without a change to its tables.
 
-VLMEvalKit has no plugins; its functions take an object that offers what its `BaseModel` does. Written after its sources
-as of August 2026 and not run against an installed copy.
+VLMEvalKit has no plugins; its functions take an object that offers what its `BaseModel` does. That was written
+down from notes on its interface and has not been run against an installed copy.
 """
 
 from __future__ import annotations

@@ -57,7 +57,6 @@ def broken():
         "paper.pdf": b"%PDF-1.4\n%%EOF",
         "deep.png": saved(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 257), "PNG"),
         "float.tiff": saved(Image.fromarray(NOISE[..., 0].astype(np.float32)), "TIFF"),
-        "moving.gif": saved(image, "GIF", save_all=True, append_images=frames),
         "moving.webp": saved(image, "WEBP", save_all=True, append_images=frames),
         "bomb.png": huge_png(),
         "features.npy": npy(np.ones((4, 8), np.float32)),
@@ -75,6 +74,7 @@ def odd():
     exif[0x0112] = 6
     clear = image.convert("RGBA").quantize(16)
     return {
+        "first frame.gif": saved(image, "GIF", save_all=True, append_images=[Image.fromarray(255 - NOISE)]),
         "ink.jpg": saved(image.convert("CMYK"), "JPEG"),
         "palette.png": saved(clear, "PNG", transparency=3),
         "turned.jpg": saved(image, "JPEG", exif=exif),
