@@ -299,12 +299,15 @@ class BatchStream(IterableDataset[dict[str, Any]]):
         own, all_ = (0, 1) if worker is None else (worker.id, worker.num_workers)
         if worker is not None:
             self.encoding.quarantine.notes = self._notes[own]
+        length = len(self.plan) // self.world
+        # Not the stage of this worker's first batch: that may lie in a later one already.
+        begun = self.plan.lane_of(self.start * self.world + self.rank)[0] if self.start < length else -1
         stage, open_lanes = -1, dict[int, _Lane]()
-        for number in range(self.start + own, len(self.plan) // self.world, all_):
+        for number in range(self.start + own, length, all_):
             batch = number * self.world + self.rank
             now, lane = self.plan.lane_of(batch)
             if now != stage:
-                places = self.lanes if stage < 0 else first_places(self.plan.lanes)
+                places = self.lanes if now == begun else first_places(self.plan.lanes)
                 stage, open_lanes = now, {}
             if lane not in open_lanes:
                 open_lanes[lane] = _Lane(self.plan, self.encoding, stage, places[lane])

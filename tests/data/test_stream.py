@@ -172,6 +172,20 @@ def test_a_run_goes_on_from_its_state_with_other_ranks_and_workers(name: str, st
     assert len(json.dumps(state)) < 600
 
 
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_worker_whose_first_batch_is_of_the_next_stage_begins_its_lanes_anew(name: str, loader: Loader) -> None:
+    """A step before the end of a stage, a rank goes on with two workers, of which the second comes too late for it."""
+    settings, last = SETTINGS[name], STEPS[0] - 1
+    whole = list(loader(settings))
+    progress = StreamProgress({}, settings.lanes, PER_STEP)
+    for number, batch in enumerate(whole[: last * PER_STEP], start=1):
+        progress.commit(batch[ORIGIN])
+        if number % PER_STEP == 0:
+            progress.end_step()
+    found = loader(settings, rank=1, world=PER_STEP, workers=2, start=last, lanes=progress.places(0))
+    assert all(same(one, other) for one, other in zip(whole[last * PER_STEP + 1 :: PER_STEP], found, strict=True))
+
+
 @pytest.mark.parametrize("name", ["packed", "dropped"])
 def test_packed_rows_keep_the_budget_and_lose_nothing(name: str, loader: Loader) -> None:
     settings = SETTINGS[name]
