@@ -15,6 +15,10 @@ from mmfuse.data.workers import shield_worker
 from mmfuse.errors import ConfigError, RunError
 
 VERSION: Final = 1
+#: Seconds between looks whether the workers live.
+_LOOK: Final = 5.0
+#: What torch says when that time is over and all of them do.
+_PATIENCE: Final = "DataLoader timed out"
 _DEATH: Final = re.compile(r"DataLoader worker \(pid(\(s\))? .*\) (is killed by signal|exited unexpectedly)")
 
 
@@ -31,8 +35,11 @@ class StreamLoader:
     def __init__(self, stream: BatchStream, *, workers: int = 0, pin_memory: bool = False, timeout: float = 0) -> None:
         self.stream = stream
         self._options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory}
+        self.timeout = timeout
         if workers:
-            self._options["timeout"] = timeout
+            # torch looks whether its workers live when this is over. The signal of their death alone can be lost: it
+            # becomes an exception wherever the process is at that moment, and some places swallow exceptions.
+            self._options["timeout"] = min(_LOOK, timeout) if timeout else _LOOK
 
     def __len__(self) -> int:
         """Return the number of batches of the whole run on this rank, wherever the stream starts."""
@@ -63,16 +70,31 @@ class StreamLoader:
 
         Errors of the data come as a `Failure`, so that what is raised here is about the workers themselves.
         """
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if not loader.num_workers:
-                raise
-            places = [place for place in self.stream.reading() if place]
-            raise RunError(
-                f"the data workers failed: {error}. The last samples that they read: {', '.join(places) or 'none'}. "
-                "Continue with --ckpt_path last"
-            ) from error
+        batches, waited = iter(loader), 0.0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not loader.num_workers:
+                    raise
+                reason = str(error)
+                if _PATIENCE in reason:
+                    waited += loader.timeout
+                    if not self.timeout or waited < self.timeout:
+                        continue
+                    reason = f"no batch came in {self.timeout:g} seconds"
+                raise self._failed(reason) from error
+            waited = 0.0
+            yield batch
+
+    def _failed(self, reason: str) -> RunError:
+        places = [place for place in self.stream.reading() if place]
+        return RunError(
+            f"the data workers failed: {reason}. The last samples that they read: {', '.join(places) or 'none'}. "
+            "Continue with --ckpt_path last"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a loader runs ahead of the trainer; see `StreamProgress` for what was trained on.

@@ -39,17 +39,36 @@ class Reading:
         return ["captions/train-0001.tar:000012", ""]
 
 
-def watched(fault: str) -> None:
+def watched(fault: str, timeout: float = 2.0) -> list[Any]:
     workers: Any = DataLoader(Numbers(fault), batch_size=None, num_workers=1, timeout=1)
-    for _ in StreamLoader(Reading())._watched(workers):  # type: ignore[arg-type]
-        pass
+    return list(StreamLoader(Reading(), timeout=timeout)._watched(workers))  # type: ignore[arg-type]
 
 
 def test_worker_that_brings_nothing_is_named_with_its_sample() -> None:
     with pytest.raises(
-        RunError, match=r"the data workers failed: DataLoader .* read: captions/train-0001\.tar:000012\."
+        RunError,
+        match=r"the data workers failed: no batch came in 2 seconds\. .* read: captions/train-0001\.tar:000012\.",
     ):
         watched("hang")
+
+
+@pytest.mark.parametrize("timeout", [0.0, 30.0])
+def test_worker_that_is_slow_is_waited_for(timeout: float) -> None:
+    assert watched("hang", timeout) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("timeout", [0.0, 30.0])
+def test_death_whose_signal_is_lost_is_noticed_all_the_same(timeout: float) -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        workers: Any = DataLoader(Numbers("die"), batch_size=None, num_workers=1, timeout=1)
+        batches = StreamLoader(Reading(), timeout=timeout)._watched(workers)  # type: ignore[arg-type]
+        next(batches)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own stands there now
+        with pytest.raises(RunError, match="the data workers failed: DataLoader worker .* exited unexpectedly"):
+            list(batches)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def test_death_of_a_worker_is_a_message() -> None:
