@@ -65,7 +65,7 @@ def test_death_whose_signal_is_lost_is_noticed_all_the_same(timeout: float) -> N
         batches = StreamLoader(Reading(), timeout=timeout)._watched(workers)  # type: ignore[arg-type]
         next(batches)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own stands there now
-        with pytest.raises(RunError, match="the data workers failed: DataLoader worker .* exited unexpectedly"):
+        with pytest.raises(RunError, match=r"the data workers failed: DataLoader worker .* exited unexpectedly"):
             list(batches)
     finally:
         signal.signal(signal.SIGCHLD, before)
