@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -112,7 +113,7 @@ def _decode(model: MultimodalLM, prompt: Workload, steps: int, device: torch.dev
     for _ in range(steps):
         tokens = tokens.append(1)
         work = Workload(tokens, random_embeds(model, tokens.shape[0], 1))
-        times.append(_seconds(lambda work=work: _step(model, work, cache), device))  # type: ignore[misc]
+        times.append(_seconds(partial(_step, model, work, cache), device))
     return times
 
 

@@ -19,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urljoin, urlsplit
@@ -95,7 +96,7 @@ class RemoteCache:
                 if not path.exists():
                     self._make_room(size, keep=wanted)
                     path.parent.mkdir(exist_ok=True)
-                    retried(lambda url=url, size=size, path=path: self._download(url, size, path), url)  # type: ignore[misc]
+                    retried(partial(self._download, url, size, path), url)
                 os.utime(path.parent)
         return wanted
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,7 +76,7 @@ def verify_resume(words: Sequence[str], out: Path, *, kills: int, steps: int, se
     # Moments between the ends of steps, too: in the middle of a step, of a save, of a start.
     for point in sorted(rng.sample(range(1, steps), kills)):
         trial = Trial(words, out / "killed", out / f"killed-{LOG}")
-        if not trial.reach(lambda point=point: step_of(out / "killed") >= point):  # type: ignore[misc]
+        if not trial.reach(partial(_stands_at, out / "killed", point)):
             if code := trial.wait():
                 raise RunError(f"the run ends with {code} by itself after {made} kills: {trial.last_words()}")
             break
@@ -86,6 +87,10 @@ def verify_resume(words: Sequence[str], out: Path, *, kills: int, steps: int, se
     if code := last.wait():
         raise RunError(f"the run ends with {code} by itself after {made} kills: {last.last_words()}")
     return Verdict(made, steps, first_difference(out / "whole", out / "killed"))
+
+
+def _stands_at(run: Path, step: int) -> bool:
+    return step_of(run) >= step
 
 
 def first_difference(whole: Path, killed: Path) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -258,7 +259,6 @@ def test_a_negative_size_does_not_lead_backwards(tmp_path: Path) -> None:
 
 
 def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
     with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
         for number in range(3):
             pixels = np.full((4, 4, 3), number, np.uint8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from mmfuse.fusion.base import base_visibility
 from mmfuse.kernels.plan import BlockPlan, plan_blocks
@@ -176,7 +176,7 @@ def test_torch_finds_no_fault_with_the_operator(by_force: Callable[..., Any]) ->
     bias, classes = torch.randn(1, 2, 17, 8, requires_grad=True), torch.randint(0, 3, (1, 17), dtype=torch.int32)
     plan = by_force(seen)
     sides = (arguments_of(plan.by_query, plan.words), arguments_of(plan.by_key, plan.words_t))
-    torch.library.opcheck(attention_forward, (*inputs, mass, bias, classes, *sides, 64, 64, 0.3))
+    library.opcheck(attention_forward, (*inputs, mass, bias, classes, *sides, 64, 64, 0.3))
 
 
 def test_compiled_code_holds_the_operator_in_one_graph(by_force: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from mmfuse.kernels.plan import BlockPlan
 from mmfuse.kernels.triton.launch import DECODE_ROWS
@@ -117,7 +117,7 @@ def _blocks(q: Tensor, k: Tensor, plan: BlockPlan) -> tuple[int, int]:
     return blocks
 
 
-@torch.library.custom_op("mmfuse::attention_forward", mutates_args=())
+@library.custom_op("mmfuse::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, bias: Tensor | None, classes: Tensor | None,
     by_query: Sequence[Tensor], by_key: Sequence[Tensor], block_q: int, block_k: int, scale: float,
@@ -136,7 +136,7 @@ def _(
     return out, lse, like_columns(lse, classes)
 
 
-@torch.library.custom_op("mmfuse::attention_backward", mutates_args=())
+@library.custom_op("mmfuse::attention_backward", mutates_args=())
 def attention_backward(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, classes: Tensor | None,
     out: Tensor, lse: Tensor, shares: Tensor, d_out: Tensor, d_lse: Tensor | None, d_shares: Tensor | None,
@@ -187,10 +187,10 @@ def _differentiate(ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_share
     return dq, dk, dv, d_mass, d_bias, None, *lists, None, None, None
 
 
-torch.library.register_autograd("mmfuse::attention_forward", _differentiate, setup_context=_remember)
+library.register_autograd("mmfuse::attention_forward", _differentiate, setup_context=_remember)
 
 
-@torch.library.custom_op("mmfuse::attention_decode", mutates_args=())
+@library.custom_op("mmfuse::attention_decode", mutates_args=())
 def attention_decode(
     q: Tensor, k: Tensor, v: Tensor, mass: Tensor | None, by_query: Sequence[Tensor],
     block_q: int, block_k: int, scale: float,

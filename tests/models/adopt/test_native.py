@@ -170,4 +170,4 @@ def test_wrong_inputs_are_named(llava: Any) -> None:
     with pytest.raises(ConfigError, match="dtype is for loading a folder"):
         MultimodalLM.from_vlm(vlm.model, dtype=torch.float32)
     with pytest.raises(ConfigError, match="trust_remote_code is not supported"):
-        MultimodalLM.from_vlm(vlm.folder, trust_remote_code=True)
+        MultimodalLM.from_vlm(vlm.folder, trust_remote_code=True)  # safe: it is refused
